@@ -1,0 +1,195 @@
+"""Decide in the front end whether an engine is steered, and refuse what cannot be served.
+
+The decision is written into the draft model's Hugging Face config. That travels to every worker and is part of
+vLLM's compile-cache key for the target and for the drafter, so no compiled artifact of an unsteered run is reused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_steer import checkpoint
+from vllm_steer.config import SteeringConfig, SteeringError, check_pair
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.steer")
+
+KILL_SWITCH = "STEER_DISABLE"  # without the VLLM_ prefix: vLLM warns about, or refuses, names it does not know
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # where both model runners look for the target's layer ids
+PLAN = "vllm_steer_plan"
+OP_VERSION = 1  # raise when the injected computation changes: it salts the compile caches
+OPTIONS = "vllm_steer"  # key in vLLM's --additional-config
+
+
+@dataclass(frozen=True)
+class Options:
+    """`--additional-config '{"vllm_steer": {...}}'`."""
+
+    adapter: str | None = None  # directory or hub id with a steering/ folder; the draft model is its base drafter
+    revision: str | None = None  # of the adapter, on the hub
+    scale: float = 1.0  # multiplies every delta; 0 drafts like the plain drafter
+
+    @classmethod
+    def read(cls, additional: Any) -> Options:
+        """Parse our key of vLLM's additional config. Raises SteeringError on unknown keys or wrong types."""
+        raw = additional.get(OPTIONS, {}) if isinstance(additional, dict) else {}
+        known = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(raw, dict):
+            raise SteeringError(f"additional-config key {OPTIONS!r} is {raw!r}, allowed is an object with {known}")
+        for key in raw:
+            if key not in known:
+                raise SteeringError(f"additional-config {OPTIONS}: unknown key {key!r}; allowed are {', '.join(known)}")
+        options = cls(**raw)
+        if isinstance(options.scale, bool) or not isinstance(options.scale, int | float):
+            raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale!r}, allowed is a number")
+        if not abs(options.scale) <= 100:
+            raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale}, allowed is -100 to 100")
+        for key in ("adapter", "revision"):
+            if not isinstance(getattr(options, key), str | None):
+                raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")
+        return options
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker needs to steer, and what the compiled drafter depends on."""
+
+    source: str  # directory or hub id whose steering/ is loaded
+    revision: str | None
+    scale: float
+    steered_layers: tuple[int, ...]
+    projection_size: int
+    max_num_seqs: int
+    draft_length: int
+    op_version: int = OP_VERSION
+
+    @staticmethod
+    def of(vllm_config: VllmConfig) -> Plan | None:
+        """The plan of an engine, or None when it is not steered."""
+        spec = vllm_config.speculative_config
+        draft = getattr(spec, "draft_model_config", None)
+        raw = getattr(getattr(draft, "hf_config", None), PLAN, None)
+        return None if raw is None else Plan(**{**raw, "steered_layers": tuple(raw["steered_layers"])})
+
+
+def disabled() -> bool:
+    """Whether the kill switch is set: any value but empty and 0."""
+    return os.environ.get(KILL_SWITCH, "0") not in ("", "0")
+
+
+def prepare(vllm_config: VllmConfig) -> None:
+    """Look at a new engine configuration; if it names a steered drafter, check everything and write the plan.
+
+    Raises SteeringError for a steered drafter that cannot be served as asked. Leaves all others untouched.
+    """
+    spec = vllm_config.speculative_config
+    options = Options.read(vllm_config.additional_config)
+    draft = spec.draft_model_config if spec is not None and spec.method == "draft_model" else None
+    if draft is None:
+        if options.adapter is not None and not disabled():
+            raise SteeringError(
+                f"additional-config names the steering adapter {options.adapter!r}, but no draft model is configured: "
+                "give --speculative-config with the adapter's base drafter as model"
+            )
+        return
+    if Plan.of(vllm_config) is not None:
+        return  # vLLM copies configurations, and every copy passes here again
+    source, revision = _source(draft, options)
+    if source is None:
+        return
+    if disabled():
+        logger.warning("%s is set: the steered drafter %s runs unsteered", KILL_SWITCH, source)
+        return
+    _refuse_unsupported(vllm_config)
+    directory = checkpoint.resolve(source, revision)
+    steering = checkpoint.load(directory)
+    config = steering.config
+    check_pair(config, vllm_config.model_config.hf_config, draft.hf_config)
+    _require_target_states(vllm_config)
+    _require_seams(vllm_config)
+    _warn_draft_length(config, spec.num_speculative_tokens)
+    plan = Plan(
+        source=str(source),
+        revision=revision,
+        scale=float(options.scale),
+        steered_layers=config.steered_layers,
+        projection_size=config.projection_size,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        draft_length=spec.num_speculative_tokens,
+    )
+    setattr(draft.hf_config, LAYER_IDS, list(config.target_layer_ids))
+    setattr(draft.hf_config, PLAN, dataclasses.asdict(plan))
+
+
+def _source(draft: Any, options: Options) -> tuple[str | None, str | None]:
+    """Where the steering comes from: the adapter, the draft model itself, or nowhere."""
+    marked = getattr(draft.hf_config, checkpoint.MARKER, None) is not None
+    local = Path(draft.model).is_dir()
+    carries = checkpoint.has_steering(draft.model) if local else marked
+    if options.adapter is not None:
+        if marked or carries:
+            raise SteeringError(
+                f"the draft model {draft.model!r} carries its own steering and additional-config names the adapter "
+                f"{options.adapter!r}: give the adapter's base drafter as draft model, or drop the adapter"
+            )
+        return options.adapter, options.revision
+    if marked and not carries:
+        raise SteeringError(
+            f"{draft.model}/config.json says that it is a steered drafter, but its {checkpoint.FOLDER}/ folder is "
+            f"missing: copy the folder from the checkpoint's source, or set {KILL_SWITCH}=1 to serve it unsteered"
+        )
+    return (draft.model, draft.revision) if carries else (None, None)
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel, spec = vllm_config.parallel_config, vllm_config.speculative_config
+    refused = {
+        "pipeline parallelism (pipeline_parallel_size > 1)": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "parallel drafting": spec.parallel_drafting,
+        "adaptive verification": getattr(spec, "enable_adaptive_verification", False),
+        "heterogeneous vocabularies": getattr(spec, "use_heterogeneous_vocab", False),
+    }
+    for name, asked in refused.items():
+        if asked:
+            raise SteeringError(
+                f"a steered drafter does not work with {name} yet: turn that off, or set {KILL_SWITCH}=1 to serve "
+                "the drafter unsteered"
+            )
+
+
+def _require_target_states(vllm_config: VllmConfig) -> None:
+    from vllm.model_executor.model_loader.utils import get_model_cls
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    target = get_model_cls(vllm_config.model_config)
+    if not supports_eagle3(target):
+        raise SteeringError(
+            f"vLLM's {target.__name__} cannot emit hidden states of its layers (SupportsEagle3), so "
+            f"{vllm_config.model_config.model!r} cannot steer a drafter: choose a target of another family "
+            f"(Llama, Qwen2, Qwen3, Mistral, ...), or set {KILL_SWITCH}=1"
+        )
+
+
+def _require_seams(vllm_config: VllmConfig) -> None:
+    from vllm_steer.serving import seams
+
+    seams.require(v2=getattr(vllm_config, "use_v2_model_runner", False))
+
+
+def _warn_draft_length(config: SteeringConfig, asked: int) -> None:
+    if config.draft_length is not None and asked > config.draft_length:
+        logger.warning(
+            "num_speculative_tokens=%d is more than the draft length %d this steering was trained for; "
+            "later positions will be accepted less",
+            asked,
+            config.draft_length,
+        )
