@@ -1,0 +1,132 @@
+"""The tokens drafted by vLLM's V1 and V2 runners are those of the reference loop, block for block; output is the target's.
+
+One engine process per runner serves the whole session; see engines.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import Runner
+from pairs import make_pair, random_prompt
+from transformers import AutoModelForCausalLM
+
+from vllm_steer import checkpoint
+from vllm_steer.generate import Generation, generate
+
+K = 4
+NEW = 48
+LENGTHS = (3, 17, 100, 5, 64, 33)  # ragged; 100 is longer than the chunk of max_num_batched_tokens=64
+PAIRS = {"llama": None, "qwen2": 8, "qwen3": None, "granite": 8}  # family: rank of the steering
+
+
+@pytest.fixture(scope="session", params=PAIRS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return make_pair(tmp_path_factory.mktemp(request.param), request.param, rank=PAIRS[request.param])
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return make_pair(tmp_path_factory.mktemp("llama-alone"), "llama")
+
+
+def prompts() -> list[list[int]]:
+    return [random_prompt(n, seed=n) for n in LENGTHS]
+
+
+def spec(model: Path, k: int = K, **keys: Any) -> dict[str, Any]:
+    return {"model": str(model), "num_speculative_tokens": k, **keys}
+
+
+def reference(target: Path, drafter: Path, steered: bool = True, k: int = K, new: int = NEW) -> list[Generation]:
+    """What the Hugging Face loop generates and drafts for every prompt."""
+    load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
+    big, small = load(target), load(drafter)
+    steering = checkpoint.load(drafter) if steered else None
+    return [generate(big, small, p, steering, k=k, max_new_tokens=new) for p in prompts()]
+
+
+def drafted(result: dict[str, Any], i: int, upto: int) -> list[tuple[int, list[int]]]:
+    """Blocks vLLM drafted for prompt i: not those of unfinished prompts, which it throws away."""
+    return [(n, d) for n, d in result["blocks"][i] if LENGTHS[i] <= n <= upto]
+
+
+def assert_same_drafts(result: dict[str, Any], expected: list[Generation]) -> None:
+    for i, generation in enumerate(expected):
+        assert result["tokens"][i] == generation.tokens
+        want = [(b.position, list(b.drafts)) for b in generation.blocks]
+        assert drafted(result, i, want[-1][0]) == want, f"prompt of {LENGTHS[i]} tokens"
+
+
+def blocks_of(result: dict[str, Any]) -> list[list[tuple[int, list[int]]]]:
+    return [drafted(result, i, LENGTHS[i] + NEW - 2) for i in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_drafts_are_those_of_the_reference(pair: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
+    target, _, steered = pair
+    expected = reference(target, steered)
+    rejections = {K - block.accepted for g in expected for block in g.blocks}
+    assert rejections == set(range(K + 1)), "the pair must show every number of rejections, or this proves little"
+    result = runners(runner).generate(target, spec(steered), prompts(), max_tokens=NEW)
+    assert_same_drafts(result, expected)
+    assert "steering is on" in result["log"]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_steering_off_is_stock(llama: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
+    target, plain, steered = llama
+    run = lambda model, **keys: runners(runner).generate(target, spec(model), prompts(), max_tokens=NEW, **keys)  # noqa: E731
+    stock, on = run(plain), run(steered)
+    assert blocks_of(on) != blocks_of(stock), "this steering must change drafts, or the rest proves nothing"
+    assert blocks_of(run(steered, env={"STEER_DISABLE": "1"})) == blocks_of(stock)
+    off = {"vllm_steer": {"scale": 0}}
+    assert blocks_of(run(steered, additional_config=off)) == blocks_of(stock)
+    assert stock["tokens"] == on["tokens"]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_zero_projection_is_stock_and_adapters_attach(
+    llama: tuple[Path, Path, Path], runner: str, runners: Any, tmp_path: Path
+) -> None:
+    target, plain, steered = llama
+    adapter = tmp_path / "adapter"
+    checkpoint.save(adapter, checkpoint.load(steered))
+    run = lambda **keys: runners(runner).generate(target, spec(plain), prompts(), max_tokens=NEW, **keys)  # noqa: E731
+    attached = run(additional_config={"vllm_steer": {"adapter": str(adapter)}})
+    full = runners(runner).generate(target, spec(steered), prompts(), max_tokens=NEW)
+    assert blocks_of(attached) == blocks_of(full)
+    steering = checkpoint.load(steered)
+    steering.output.weight.zero_()
+    checkpoint.save(adapter, steering)
+    zero = run(additional_config={"vllm_steer": {"adapter": str(adapter)}})
+    assert blocks_of(zero) == blocks_of(run())
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("k", [1, 7])
+def test_other_draft_lengths(llama: tuple[Path, Path, Path], runner: str, k: int, runners: Any) -> None:
+    target, _, steered = llama
+    result = runners(runner).generate(target, spec(steered, k), prompts(), max_tokens=NEW)
+    assert_same_drafts(result, reference(target, steered, k=k))
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_compiled_drafts_are_the_same(
+    llama: tuple[Path, Path, Path], runner: str, runners: Any, tmp_path: Path
+) -> None:
+    """With torch.compile, started from the cache that an unsteered run of the same models left."""
+    target, plain, steered = llama
+    keys = {"enforce_eager": False, "compilation_config": {"backend": "eager"}, "max_tokens": NEW}
+    env = {"VLLM_CACHE_ROOT": str(tmp_path)}
+    adapter = tmp_path / "adapter"
+    checkpoint.save(adapter, checkpoint.load(steered))
+    stock = runners(runner).generate(target, spec(plain), prompts(), env=env, **keys)
+    result = runners(runner).generate(
+        target, spec(plain), prompts(), env=env, additional_config={"vllm_steer": {"adapter": str(adapter)}}, **keys
+    )
+    assert_same_drafts(result, reference(target, steered))
+    assert_same_drafts(stock, reference(target, plain, steered=False))
