@@ -1,4 +1,4 @@
-"""The tokens drafted by vLLM's V1 and V2 runners are those of the reference loop, block for block; output is the target's.
+"""V1 and V2 draft the tokens of the reference loop, block for block, and the output is the target's own.
 
 One engine process per runner serves the whole session; see engines.py.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Runner
 from pairs import make_pair, random_prompt
 from transformers import AutoModelForCausalLM
 

@@ -130,7 +130,7 @@ class SteeringConfig:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SteeringError(f"cannot read {path}: {error.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise SteeringError(f"{path} is not valid JSON ({error}): copy the file again from its source") from None
         return cls.from_dict(raw, str(path))
 
@@ -141,16 +141,40 @@ def text_config(hf_config: Any) -> Any:
     return getter() if getter is not None else hf_config
 
 
+def read_model_config(source: str | Path) -> Any:
+    """The transformers config of a model directory or hub id. Raises SteeringError if there is none to read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SteeringError(
+            f"cannot read the model config of {source} ({reason}): give a model directory or a hub id"
+        ) from None
+
+
 def target_shape(name: str, hf_config: Any) -> TargetShape:
-    """Sizes of a target from its transformers config."""
+    """Sizes of a target from its transformers config. Raises SteeringError if it does not state one of them."""
     cfg = text_config(hf_config)
-    return TargetShape(name, cfg.hidden_size, cfg.num_hidden_layers, cfg.vocab_size)
+    return TargetShape(name, *(_size(cfg, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")))
 
 
 def drafter_shape(name: str, hf_config: Any) -> DrafterShape:
-    """Sizes of a drafter from its transformers config."""
+    """Sizes of a drafter from its transformers config. Raises SteeringError if it does not state one of them."""
     cfg = text_config(hf_config)
-    return DrafterShape(name, cfg.hidden_size, cfg.num_hidden_layers, cfg.intermediate_size, cfg.vocab_size)
+    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    return DrafterShape(name, *(_size(cfg, key) for key in keys))
+
+
+def _size(hf_config: Any, key: str) -> int:
+    value = getattr(hf_config, key, None)
+    if not isinstance(value, int):
+        raise SteeringError(
+            f"a model of type {getattr(hf_config, 'model_type', '?')!r} has {key} {value!r}, needed is one number: "
+            "choose a decoder-only model whose layers are all of one size, with gated MLPs if it is the drafter"
+        )
+    return value
 
 
 def default_target_layers(num_hidden_layers: int) -> tuple[int, int, int]:
@@ -163,19 +187,19 @@ def default_target_layers(num_hidden_layers: int) -> tuple[int, int, int]:
 
 
 def check_pair(config: SteeringConfig, target: Any, drafter: Any) -> None:
-    """Check a steering against the transformers configs of the models it is about to run with.
+    """Check a steering against the transformers configs of the models it is about to run with (None: not checked).
 
     Raises SteeringError naming the first value that differs.
     """
-    _compare("target", config.target, target_shape(config.target.name, target))
-    _compare("drafter", config.drafter, drafter_shape(config.drafter.name, drafter))
+    if target is not None:
+        _compare("target", config.target, target_shape(config.target.name, target))
+    if drafter is not None:
+        _compare("drafter", config.drafter, drafter_shape(config.drafter.name, drafter))
 
 
 def _compare(role: str, wanted: TargetShape | DrafterShape, found: TargetShape | DrafterShape) -> None:
     for key, want in dataclasses.asdict(wanted).items():
         have = getattr(found, key)
-        if key == "vocab_size":
-            continue  # one tokenizer is padded to different sizes; vLLM compares the pair's own
         if have != want:
             raise SteeringError(
                 f"this {role} has {key}={have}, the steering was trained for {key}={want} "
