@@ -54,22 +54,23 @@ class Injector:
         mlps = [_mlp(layer) for layer in decoder_layers(model)]
         found = [_projection_name(mlp) for mlp in mlps]
         for layer in steered_layers:
-            if layer >= len(mlps) or found[layer] is None:
+            if not 0 <= layer < len(mlps) or found[layer] is None:
                 raise SteeringError(
                     f"{type(model).__name__} (model_type {model.config.model_type!r}): decoder layer {layer} has no "
                     f"gated MLP with up_proj or gate_up_proj, so it cannot be steered; families that fit: {FAMILIES}"
                 )
-        for slot, layer in enumerate(steered_layers):
+            if isinstance(getattr(mlps[layer], found[layer]), SteeredProjection):
+                raise SteeringError(f"decoder layer {layer} is steered already: detach the first injector")
+        for slot, layer in enumerate(steered_layers):  # only now: a refusal leaves the model as it was
             mlp, name = mlps[layer], found[layer]
             inner = getattr(mlp, name)
-            if isinstance(inner, SteeredProjection):
-                raise SteeringError(f"decoder layer {layer} is steered already: detach the first injector")
             setattr(mlp, name, SteeredProjection(inner, self, slot, fused=name == "gate_up_proj"))
             self._parents.append((mlp, name))
 
     @contextmanager
     def using(self, deltas: Tensor | None) -> Iterator[None]:
         """Run the drafter under `deltas` [B, T, L, F] (sizes 1 broadcast); None means unsteered."""
+        assert deltas is None or deltas.shape[-2] == len(self._parents), "deltas are for other layers"
         before, self.deltas = self.deltas, deltas
         try:
             yield

@@ -77,8 +77,7 @@ class _Cached:
         concatenated, [keep, len(states) * H] (None without `states`).
         """
         assert start <= self.cache.get_seq_length(), "a gap in the cache"
-        if start < self.cache.get_seq_length():
-            self.cache.crop(start)
+        self.crop(start)
         out = self.model(
             torch.tensor([list(tokens)], device=self.model.device),
             past_key_values=self.cache,
@@ -88,6 +87,12 @@ class _Cached:
         )
         inputs = torch.cat([out.hidden_states[i][0, -keep:] for i in states], -1) if states else None
         return out.logits[0].float(), inputs
+
+    def crop(self, length: int) -> None:
+        """Forget positions from `length` on."""
+        surplus = self.cache.get_seq_length() - length
+        if surplus > 0:
+            self.cache.crop(-surplus)
 
 
 class _Chooser:
@@ -214,7 +219,7 @@ def _loop(
         logits, states = target.feed([tokens[newest], *drafts], newest, keep=k + 1, states=guide.layer_ids)
         accepted, token = chooser.verify(logits, drafts, dists)
         source = states[accepted] if states is not None else None
-        target.cache.crop(newest + 1 + accepted)
+        target.crop(newest + 1 + accepted)
         new, stop = _cut([*drafts[:accepted], token], max_new_tokens - (len(tokens) - len(prompt)), eos)
         blocks.append(Block(newest, tuple(drafts), accepted, len(new), stop))
         tokens += new

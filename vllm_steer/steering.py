@@ -40,7 +40,8 @@ class Steering(nn.Module):
                     up=nn.Linear(config.rank, out, bias=False, **kw),
                 )
             )
-        self.reset_parameters()
+        if not self.fuse.weight.is_meta:  # meta: shapes only, whatever the sizes
+            self.reset_parameters()
 
     @property
     def output(self) -> nn.Linear:

@@ -70,6 +70,21 @@ def _load_with_states(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
+def _expand_that_writes(original: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    @functools.wraps(original)
+    def expand_batch_to_tokens(
+        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> torch.Tensor:
+        if x.device.type != "cpu":
+            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts)
+
+    return expand_batch_to_tokens
+
+
 SEAMS = (
     Seam(
         module="vllm.config.vllm",
@@ -102,6 +117,17 @@ SEAMS = (
         why="V2 switches auxiliary target states on by method name, before the model is loaded",
         remove_when="the V2 runner asks the speculator whether it needs auxiliary states",
         runner="v2",
+    ),
+    Seam(
+        module="vllm.v1.sample.rejection_sampler",
+        name="expand_batch_to_tokens",
+        make=_expand_that_writes,
+        why=(
+            "a defect of vLLM 0.32 on CPU: per-request temperatures are expanded into a copy that is thrown away, so "
+            "sampled speculation divides by uninitialised memory and does not have the target's distribution"
+        ),
+        remove_when="vllm/utils/cpu_triton_utils.py:_expand_kernel_impl copies its result back",
+        runner="v1",
     ),
 )
 

@@ -1,0 +1,143 @@
+"""The console script `vllm-steer`: verbs, and the functions they call, imported when used.
+
+Nothing here imports torch: `vllm-steer --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from vllm_steer import __version__
+from vllm_steer.config import SteeringConfig, SteeringError, check_pair, read_model_config
+
+EPILOG = """\
+a steered drafter is a model directory with a steering/ folder; vLLM serves it as a draft model:
+
+  vllm-steer check ./drafter-steered --target Qwen/Qwen2.5-Coder-1.5B-Instruct
+  vllm serve Qwen/Qwen2.5-Coder-1.5B-Instruct \\
+      --speculative-config '{"model": "./drafter-steered", "num_speculative_tokens": 5}'
+
+`vllm-steer VERB --help` shows the options of a verb and an example.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0, 1 for a mistake that has a sentence, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(argv).parse_args(argv)
+        args.function(args)
+    except SteeringError as error:
+        print(f"vllm-steer: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vllm-steer: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="vllm-steer",
+        description="Make, check and train steered drafters (SD²) for vLLM.",
+        epilog=EPILOG,
+        formatter_class=form,
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-steer {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], None], text: str, example: str):
+        sub = verbs.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=form,
+            epilog=f"example:\n  vllm-steer {name} {example}",
+        )  # fmt: skip
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = verb("check", _check, "load a steered checkpoint or adapter, validate it and say what it is",
+               "./drafter-steered --target Qwen/Qwen3-8B")  # fmt: skip
+    sub.add_argument("directory", metavar="DIR", help="directory or hub id with a steering/ folder")
+    sub.add_argument("--target", help="check that it fits this target: directory or hub id")
+    sub.add_argument("--drafter", help="check that it fits this drafter (default: the model in DIR, if there is one)")
+
+    sub = verb("train", _train, "train a steering, alone or with its drafter",
+               "--target T --drafter D --data responses.jsonl --output ./drafter-steered")  # fmt: skip
+    if next((word for word in argv if not word.startswith("-")), None) == "train":
+        from vllm_steer import train
+
+        train.add_arguments(sub)
+
+    sub = verb("merge", _merge, "write an adapter and its base drafter as one steered checkpoint",
+               "./adapter --drafter ./qwen-coder-0.5b --output ./drafter-steered")  # fmt: skip
+    sub.add_argument("adapter", help="adapter: directory or hub id with a steering/ folder")
+    sub.add_argument("--drafter", required=True, help="directory of the base drafter it was trained with")
+    sub.add_argument("--output", required=True, help="new directory to write")
+
+    sub = verb("import", _import, "convert a checkpoint in the layout the authors of SD² publish",
+               "./sd2-qwen3-8b --drafter ./Qwen3-0.6B --target Qwen/Qwen3-8B --output ./drafter-steered")  # fmt: skip
+    sub.add_argument("source", help="directory with the published config.json and pytorch_model.bin")
+    sub.add_argument("--drafter", required=True, help="directory of the base drafter, for its config and tokenizer")
+    sub.add_argument(
+        "--target", required=True, help="target it was trained against, for its sizes: directory or hub id"
+    )
+    sub.add_argument("--output", required=True, help="new directory to write")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    from vllm_steer import checkpoint
+
+    directory = checkpoint.resolve(args.directory)
+    config = checkpoint.load(directory).config
+    drafter = args.drafter or (directory if (directory / "config.json").is_file() else None)
+    check_pair(
+        config,
+        read_model_config(args.target) if args.target else None,
+        read_model_config(drafter) if drafter else None,
+    )
+    print(describe(config, adapter=not (directory / "config.json").is_file()))
+    print(f"target     {'fits ' + args.target if args.target else 'not checked: give --target'}")
+    print(f"drafter    {f'fits {drafter}' if drafter else 'not checked: give --drafter'}")
+
+
+def describe(config: SteeringConfig, adapter: bool) -> str:
+    """What a checkpoint is, in a few lines."""
+    target, drafter = config.target, config.drafter
+    rank = "full rank" if config.rank is None else f"rank {config.rank}"
+    lines = [
+        f"{'adapter' if adapter else 'steered checkpoint'}, format {config.format_version}: "
+        "weights and golden deltas agree",
+        f"made for   target {target.name}: {target.num_hidden_layers} layers, hidden size {target.hidden_size}, "
+        f"vocabulary {target.vocab_size}; states from layers {', '.join(map(str, config.target_layer_ids))}",
+        f"           drafter {drafter.name}: {drafter.num_hidden_layers} layers, {config.num_steered} of them steered, "
+        f"FFN width {drafter.intermediate_size}",
+        f"projection {rank}, {target.hidden_size} to {config.projection_size}",
+        f"drafts     {config.draft_length or 'unknown number of'} per block when trained",
+    ]
+    lines += [f"{name:<10} {value}" for name, value in (("acceptance", config.acceptance),) if value]
+    return "\n".join(lines)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from vllm_steer import train
+
+    train.run(args)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from vllm_steer import checkpoint
+
+    print(f"wrote {checkpoint.merge_adapter(args.adapter, args.drafter, args.output)}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from vllm_steer import published
+
+    print(f"wrote {published.import_published(args.source, args.drafter, args.target, args.output)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
