@@ -1,4 +1,9 @@
-"""Sampled output of a steered engine has the target's own distribution (Pearson chi-square, vocabulary of 32)."""
+"""Sampled output of a steered engine has the target's own distribution: chi-square over every generated token.
+
+For each token the target's exact distribution given what really came before is computed with Hugging Face. Spreading
+the token's probability interval uniformly over its cumulative distribution gives numbers that are independent and
+uniform if, and only if, every token was drawn from that distribution.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 VOCAB = 32
+NEW = 24
+BINS = 16
 TEMPERATURES = (0.6, 1.0, 1.4)
-SAMPLES = {"v1": 3000, "v2": 900}  # Triton's interpreter is slow
-P_VALUE = 1e-4  # 24 comparisons: a correct sampler fails about once in 400 runs, with fixed seeds never
+SEQUENCES = {"v1": 96, "v2": 24}  # Triton's interpreter is slow
+P_VALUE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -24,48 +31,53 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 
 
 @torch.no_grad()
-def exact(target: Path, prompt: list[int], temperature: float) -> list[Tensor]:
-    """Distributions [VOCAB] of the second and third new token, by enumerating what comes before them."""
+def uniforms(target: Path, prompts: list[list[int]], outputs: list[list[int]], temperature: float) -> Tensor:
+    """One number in [0, 1] per sampled token, [N]; the vocabulary is ordered by the target's probability."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    probabilities = lambda rows: torch.softmax(model(torch.tensor(rows)).logits[:, -1].double() / temperature, -1)  # noqa: E731
-    first = probabilities([prompt])[0]
-    second = probabilities([[*prompt, a] for a in range(VOCAB)])
-    pairs = [[*prompt, a, b] for a in range(VOCAB) for b in range(VOCAB)]
-    third = probabilities(pairs).view(VOCAB, VOCAB, VOCAB)
-    return [first @ second, torch.einsum("a,ab,abc->c", first, second, third)]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        rows = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].double()
+        probabilities, order = torch.softmax(rows / temperature, -1).sort(descending=True)
+        place = (order == torch.tensor(output)[:, None]).double().argmax(-1, keepdim=True)
+        mass = probabilities.gather(-1, place)
+        below = probabilities.cumsum(-1).gather(-1, place) - mass
+        found.append((below + mass * torch.rand(mass.shape, generator=generator, dtype=torch.float64))[:, 0])
+    return torch.cat(found).clamp(0, 1 - 1e-12)
 
 
-def p_value(tokens: list[int], expected: Tensor) -> float:
-    """Chi-square p-value; tokens expected fewer than 5 times share one bin."""
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
-    want = expected * len(tokens)
-    rare = want < 5
-    bins = lambda x: [*x[~rare].tolist(), *([x[rare].sum().item()] if rare.any() else [])]  # noqa: E731
-    observed, wanted = bins(counts), bins(want)
-    scale = sum(observed) / sum(wanted)
-    return float(chisquare(observed, [w * scale for w in wanted]).pvalue)
+def p_value(numbers: Tensor) -> float:
+    """Chi-square p-value that numbers in [0, 1] are uniform."""
+    return float(chisquare(torch.bincount((numbers * BINS).long(), minlength=BINS).tolist()).pvalue)
 
 
-def test_the_comparison_can_fail() -> None:
-    uniform = torch.full((VOCAB,), 1 / VOCAB, dtype=torch.float64)
-    skewed = torch.softmax(torch.linspace(0, 0.6, VOCAB), 0).double()
-    draws = torch.multinomial(skewed, 3000, replacement=True, generator=torch.Generator().manual_seed(0)).tolist()
-    assert p_value(draws, skewed) > 0.01
-    assert p_value(draws, uniform) < P_VALUE
+def sample_plainly(target: Path, prompts: list[list[int]], temperature: float) -> list[list[int]]:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    batch = torch.tensor(prompts)
+    keys = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "max_new_tokens": NEW}
+    return model.generate(batch, attention_mask=torch.ones_like(batch), pad_token_id=0, **keys)[:, 6:].tolist()
+
+
+def test_the_comparison_can_fail(pair: tuple[Path, Path, Path]) -> None:
+    prompts = [random_prompt(6, seed=i, vocab_size=VOCAB) for i in range(SEQUENCES["v2"])]
+    right = sample_plainly(pair[0], prompts, 1.0)
+    assert p_value(uniforms(pair[0], prompts, right, 1.0)) > 0.01
+    assert p_value(uniforms(pair[0], prompts, sample_plainly(pair[0], prompts, 0.6), 1.0)) < P_VALUE
+    assert p_value(uniforms(pair[0], prompts, sample_plainly(pair[1], prompts, 1.0), 1.0)) < P_VALUE
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_sampled_output_is_the_targets(pair: tuple[Path, Path, Path], runner: str, method: str, runners: Any) -> None:
     target, _, steered = pair
-    prompt = random_prompt(6, seed=1, vocab_size=VOCAB)
+    prompts = [random_prompt(6, seed=i, vocab_size=VOCAB) for i in range(SEQUENCES[runner])]
     spec = {"model": str(steered), "num_speculative_tokens": 3, "draft_sample_method": method}
-    sampling = [{"temperature": t, "max_tokens": 4, "seed": None} for t in TEMPERATURES]
-    calls = [{"prompts": [prompt] * SAMPLES[runner], "sampling": s} for s in sampling]
-    out = runners(runner).run(target, spec, calls, max_num_seqs=64, max_num_batched_tokens=512)
+    calls = [{"prompts": prompts, "sampling": {"temperature": t, "max_tokens": NEW}} for t in TEMPERATURES]
+    out = runners(runner).run(target, spec, calls, max_num_seqs=32, max_num_batched_tokens=256)
     assert out["error"] is None, out["log"][-4000:]
     for temperature, call in zip(TEMPERATURES, out["calls"], strict=True):
-        assert any(len(blocks) < 4 for blocks in call["blocks"]), "no draft was ever accepted"
-        for place, expected in enumerate(exact(target, prompt, temperature), start=1):
-            p = p_value([tokens[place] for tokens in call["tokens"]], expected)
-            assert p > P_VALUE, f"T={temperature}, new token {place + 1}: p={p:.2g}"
+        blocks = sum(len(b) for b in call["blocks"])
+        assert blocks < 0.9 * len(prompts) * NEW, "hardly a draft was accepted: this would prove nothing"
+        p = p_value(uniforms(target, prompts, call["tokens"], temperature))
+        assert p > P_VALUE, f"T={temperature}: p={p:.2g}"
