@@ -212,6 +212,25 @@ def pretend_triton_has_a_cpu_backend(path: str) -> None:
         },
     )
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=compiler)
+    _fill_the_interpreters_gaps()
+
+
+def _fill_the_interpreters_gaps() -> None:
+    """What vLLM's probabilistic drafts use and Triton 3.9 cannot interpret: `mask & scalar` in a store, and log1p."""
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime import interpreter
+
+    libdevice.log1p = lambda x: tl.log(1.0 + x)
+
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_masked_store
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, policy: Any) -> Any:
+        mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+        return original(self, ptrs, value, mask, policy)
+
+    builder.create_masked_store = create_masked_store
 
 
 def main() -> None:
