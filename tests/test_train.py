@@ -1,0 +1,362 @@
+"""Training: losses against float64, guide offsets by perturbation, what each mode may change, resume, bad input."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import Size, tiny_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from vllm_steer import checkpoint, losses, train
+from vllm_steer.config import SteeringConfig, SteeringError, drafter_shape, target_shape
+from vllm_steer.data import Row, collate, read_rows, split_rows
+from vllm_steer.pair import Pair, measure_directory, offset_deltas, response_mask
+from vllm_steer.steering import Steering
+from vllm_steer.train import TrainConfig
+
+VOCAB = 40
+ROOT = Path(__file__).parent.parent
+
+
+def make_tokenizer(words: list[str]) -> object:
+    """One token per word; id 0 ends a sequence. The chat template joins contents."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<e>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<e>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} {% endfor %}w2"
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """target/, drafter/ (random weights, one tokenizer) and data.jsonl with 24 rows of random tokens."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("toy")
+    tokenizer = make_tokenizer([f"w{i}" for i in range(1, VOCAB)])
+    for name, size in (("target", Size(64, 3, 96)), ("drafter", Size(32, 2, 48))):
+        AutoModelForCausalLM.from_config(tiny_config("qwen3", size, VOCAB)).save_pretrained(path / name)
+        tokenizer.save_pretrained(path / name)
+    rows = torch.randint(1, VOCAB, (24, 20)).tolist()
+    lines = [json.dumps({"prompt_ids": row[:6], "response_ids": row[6:]}) for row in rows]
+    (path / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def options(folder: Path, output: Path, **changes) -> TrainConfig:
+    base = dict(steps=2, batch_size=4, lr=1e-2, drafter_lr=1e-2, k=3, target_layers=(0, 1, 2))
+    base |= dict(target=str(folder / "target"), drafter=str(folder / "drafter"), data=str(folder / "data.jsonl"))
+    return TrainConfig(output=str(output), **(base | changes))
+
+
+def toy_steering(folder: Path, layers: tuple[int, ...] = (0, 1)) -> Steering:
+    """Random weights everywhere, so that every state shows in every delta."""
+    shapes = [AutoModelForCausalLM.from_pretrained(folder / name).config for name in ("target", "drafter")]
+    config = SteeringConfig(target_shape("t", shapes[0]), drafter_shape("d", shapes[1]), (0, 1, 2), layers)
+    steering = Steering(config)
+    torch.nn.init.normal_(steering.project.weight)
+    return steering
+
+
+def weights(directory: Path) -> dict[str, Tensor]:
+    return AutoModelForCausalLM.from_pretrained(directory).state_dict()
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_match_float64_on_a_padded_vocabulary(dtype: torch.dtype) -> None:
+    target, drafter = (5 * torch.randn(3, 4, n, generator=torch.Generator().manual_seed(n)) for n in (11, 13))
+    target, drafter = target.to(dtype), drafter.to(dtype)
+    p, q = (x[..., :11].double().softmax(-1) for x in (target, drafter))
+    expected = {
+        losses.forward_kl: (p * (p / q).log()).sum(-1),
+        losses.reverse_kl: (q * (q / p).log()).sum(-1),
+        losses.total_variation: (p - q).abs().sum(-1) / 2,
+        losses.overlap: torch.minimum(p, q).sum(-1),
+        losses.agreement: (p.argmax(-1) == q.argmax(-1)).double(),
+    }
+    for function, value in expected.items():
+        found = function(target, drafter)
+        assert found.dtype == torch.float32 and found.shape == (3, 4)
+        torch.testing.assert_close(found.double(), value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_distribution_is_at_distance_zero_from_itself() -> None:
+    logits = torch.randn(5, 9)
+    for function in losses.LOSSES.values():
+        torch.testing.assert_close(function(logits, logits), torch.zeros(5))
+    assert losses.agreement(logits, logits).eq(1).all()
+
+
+# --- which state steers which position ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [1, 2, 5, 40])
+def test_a_delta_depends_on_the_state_offset_positions_back_and_on_no_other(folder: Path, offset: int) -> None:
+    steering, prompts = toy_steering(folder), torch.tensor([4, 0])
+    states = torch.randn(2, 12, 3 * 64)
+    with torch.no_grad():
+        before = offset_deltas(steering, states, prompts, offset)
+        for row, prompt in enumerate(prompts.tolist()):
+            for t in range(12):
+                if t >= prompt and t >= offset:
+                    torch.testing.assert_close(before[row, t], steering(states[row, t - offset]))
+                else:
+                    assert not before[row, t].any(), "prompt and positions without a guide are unsteered"
+        for s in range(12):
+            other = states.clone()
+            other[:, s] += 1 + torch.randn(3 * 64)
+            changed = (offset_deltas(steering, other, prompts, offset) - before).abs().amax((2, 3)) > 1e-5
+            expected = torch.zeros(2, 12, dtype=torch.bool)
+            if s + offset < 12:
+                expected[:, s + offset] = s + offset >= prompts
+            assert torch.equal(changed, expected)
+
+
+def test_drafter_logits_see_a_state_from_its_position_plus_offset_on(folder: Path) -> None:
+    pair = Pair(AutoModelForCausalLM.from_pretrained(folder / "drafter"), toy_steering(folder)).eval()
+    batch = collate([Row(tuple(range(1, 13)), 4), Row(tuple(range(3, 12)), 2)])
+    states = torch.randn(2, 12, 3 * 64)
+    other = states.clone()
+    other[:, 5] += torch.randn(3 * 64)
+    with torch.no_grad():
+        first, second = (pair(**batch, states=s, offset=2) for s in (states, other))
+    changed = (first - second).abs().amax(-1) > 1e-6
+    assert not changed[:, :7].any() and changed[:, 7].all()
+    assert response_mask(batch)[1].tolist() == [False] * 2 + [True] * 7 + [False] * 3
+
+
+def test_every_offset_is_drawn_and_a_step_always_draws_the_same() -> None:
+    drawn = [train.step_offset(7, step, 4) for step in range(200)]
+    assert set(drawn) == {1, 2, 3, 4} and drawn == [train.step_offset(7, step, 4) for step in range(200)]
+    assert drawn != [train.step_offset(8, step, 4) for step in range(200)]
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", list(train.MODES))
+def test_a_mode_changes_what_it_names_and_nothing_else(folder: Path, tmp_path: Path, mode: str, monkeypatch) -> None:
+    seen, save = {}, train._save
+
+    def spy(config, pair, *rest):
+        save(config, pair, *rest)
+        seen["drafter"] = pair.drafter.state_dict()
+
+    monkeypatch.setattr(train, "_save", spy)
+    train.train(options(folder, tmp_path / "out", mode=mode))
+    plain = weights(folder / "drafter")
+    same = [torch.equal(plain[name], tensor) for name, tensor in seen["drafter"].items()]
+    assert all(same) if mode == "steer" else not any(same)
+    assert checkpoint.has_steering(tmp_path / "out") == (mode != "distill")
+    assert (tmp_path / "out" / "model.safetensors").exists() == (mode != "steer")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    if mode == "steer":
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["steering"]
+    else:  # loads as an ordinary model, under its own parameter names
+        assert weights(tmp_path / "out").keys() == plain.keys()
+        AutoTokenizer.from_pretrained(tmp_path / "out")
+    if mode != "distill":
+        assert checkpoint.load(tmp_path / "out").output.weight.any()
+
+
+def test_no_steps_give_the_plain_drafter(folder: Path, tmp_path: Path) -> None:
+    acceptance = train.train(options(folder, tmp_path / "out", steps=0))
+    steering = checkpoint.load(tmp_path / "out")
+    assert not steering(torch.randn(5, 3 * 64)).any()
+    assert acceptance["trained"] == acceptance["untrained"] == steering.config.acceptance["trained"]
+    plain = weights(folder / "drafter")
+    assert all(torch.equal(plain[name], tensor) for name, tensor in weights(tmp_path / "out").items())
+
+
+def test_training_accepts_more_and_records_how(folder: Path, tmp_path: Path) -> None:
+    acceptance = train.train(options(folder, tmp_path / "out", steps=40))
+    trained, untrained = acceptance["trained"], acceptance["untrained"]
+    assert min(trained["overlap"]) > max(untrained["overlap"]) + 0.02
+    assert len(trained["greedy"]) == 3 and trained["positions"] == 14
+    record = checkpoint.load(tmp_path / "out").config
+    assert record.draft_length == 3 and record.provenance["data_sha256"]
+    assert "--steps 40" in record.provenance["command"] and "--mode joint" in record.provenance["command"]
+    assert str(folder) not in json.dumps(record.to_dict()), "no machine's paths in a checkpoint"
+
+
+def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> None:
+    """An adapter from bfloat16 weights, merged and read back, predicts the same acceptance."""
+    for name in ("target", "drafter"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(folder / name).save_pretrained(tmp_path / name)
+    (tmp_path / "data.jsonl").write_bytes((folder / "data.jsonl").read_bytes())
+    trained = train.train(options(tmp_path, tmp_path / "adapter", mode="steer", lr=0.1, steps=5))["trained"]
+    merged = checkpoint.merge_adapter(tmp_path / "adapter", tmp_path / "drafter", tmp_path / "full")
+    (tmp_path / "held.jsonl").write_text((folder / "data.jsonl").read_text().splitlines()[-1])
+    assert measure_directory(tmp_path / "target", merged, merged, tmp_path / "held.jsonl", 3) == trained
+    plain = measure_directory(tmp_path / "target", merged, tmp_path, tmp_path / "held.jsonl", 3)
+    assert len(set(plain["overlap"])) == 1 and plain["overlap"] != trained["overlap"]
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    run = dict(steps=6, save_every=2)
+    train.train(options(folder, tmp_path / "whole", **run))
+    calls, forward_kl = [], losses.forward_kl
+
+    def stopping(*logits):
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return forward_kl(*logits)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(train.LOSSES, "kl", stopping)
+        train.train(options(folder, tmp_path / "parts", **run))
+    train.train(options(folder, tmp_path / "parts", resume=True, **run))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    states = torch.randn(4, 3 * 64)
+    assert torch.equal(checkpoint.load(tmp_path / "whole")(states), checkpoint.load(tmp_path / "parts")(states))
+
+
+def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, capsys) -> None:
+    given = dict(mode="steer", loss="tvd", steps=1, batch_size=2, lr=0.5, drafter_lr=0.1, k=2, rank=4)
+    given |= dict(target_layers=(0, 1, 2), steered_layers=(1,), max_length=12, precision="bfloat16", seed=3)
+    given |= dict(save_every=7)
+    words = [f"--{name}={folder / name}" for name in ("target", "drafter")]
+    words += [f"--data={folder / 'data.jsonl'}", f"--output={tmp_path / 'out'}"]
+    for name, value in given.items():
+        value = value if isinstance(value, tuple) else (value,)
+        words += ["--" + name.replace("_", "-"), *map(str, value)]
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(words)
+    assert not args.resume and set(vars(args)) == {f.name for f in dataclasses.fields(TrainConfig)}
+    train.run(args)
+    assert "overlap" in capsys.readouterr().out
+    config = checkpoint.load(tmp_path / "out").config
+    assert (config.rank, config.steered_layers, config.target_layer_ids, config.draft_length) == (4, (1,), (0, 1, 2), 2)
+    assert config.acceptance["trained"]["positions"] == 12 - 6
+    for word in ("--loss tvd", "--lr 0.5", "--seed 3", "--precision bfloat16", "--save-every 7", "--drafter-lr 0.1"):
+        assert word in config.provenance["command"]
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_row(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    lines = [
+        {"prompt": "w3 w4", "response": "w5"},
+        {"prompt": [{"role": "user", "content": "w3"}], "response": "w5 w6"},
+        {"text": "w7 w8 w9"},
+        {"prompt_ids": [1, 2], "response_ids": [3, 4, 5]},
+        {"prompt_ids": [1, 2, 3, 4], "response_ids": [5]},  # nothing left of the response at 4 tokens
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    assert read_rows(path, tokenizer, 4) == [
+        Row((3, 4, 5), 2),
+        Row((1, 3, 2, 5), 3),
+        Row((7, 8, 9), 0),
+        Row((1, 2, 3, 4), 2),
+    ]
+
+
+def test_the_end_of_the_file_is_held_out() -> None:
+    rows = [Row((i,), 0) for i in range(100)]
+    assert split_rows(rows) == (rows[:95], rows[95:])
+    assert len(split_rows(rows * 100)[1]) == 64
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"text": "w1"', "line 2: not valid JSON"),
+        ('{"prompt": "w1"}', "line 2: found"),
+        ('["w1"]', "line 2: found list"),
+        ('{"text": 3}', "line 2: text is int"),
+        ('{"prompt": 3, "response": "w1"}', "line 2: prompt is int"),
+        ('{"prompt_ids": [1], "response_ids": [99]}', "line 2: response_ids: allowed"),
+        ('{"prompt_ids": [true], "response_ids": [9]}', "line 2: prompt_ids: allowed"),
+    ],
+)
+def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complaint: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "w1 w2"}\n' + line + "\n")
+    with pytest.raises(SteeringError, match=complaint):
+        train.train(options(folder, tmp_path / "out", data=str(data)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"k": 0}, "--k is 0, allowed is 1"),
+        ({"steps": -1}, "--steps"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"mode": "both"}, "--mode is 'both', allowed are steer"),
+        ({"loss": "mse"}, "--loss"),
+        ({"max_length": 6}, "raise --max-length"),
+        ({"data": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
+        ({"target_layers": (0, 1, 3)}, "target_layer_ids"),
+        ({"steered_layers": (2,)}, "steered_layers"),
+        ({"drafter": "./no/such/directory"}, "cannot load"),
+        ({"resume": True}, "no checkpoint to resume"),
+    ],
+)
+def test_a_wrong_option_is_named(folder: Path, tmp_path: Path, changes: dict, complaint: str) -> None:
+    with pytest.raises(SteeringError, match=complaint):
+        train.train(dataclasses.replace(options(folder, tmp_path / "out"), **changes))
+
+
+def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder / "drafter").save_pretrained(tmp_path / "other")
+    make_tokenizer([f"x{i}" for i in range(1, VOCAB)]).save_pretrained(tmp_path / "other")
+    with pytest.raises(SteeringError, match="tokenizers of .* differ: token 'w1' is 1 in one and None"):
+        train.train(options(folder, tmp_path / "out", drafter=str(tmp_path / "other")))
+
+
+def test_an_output_that_exists_is_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(SteeringError, match="exists and is not empty"):
+        train.train(options(folder, tmp_path))
+
+
+def test_several_devices_are_refused(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SteeringError, match="one device"):
+        train.train(options(folder, tmp_path / "out"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(train.LOSSES, "kl", lambda t, d: losses.forward_kl(t, d) * float("nan"))
+    with pytest.raises(SteeringError, match="the loss is nan at step 0"):
+        train.train(options(folder, tmp_path / "out"))
+    assert not checkpoint.has_steering(tmp_path / "out")
+
+
+# --- examples/tiny_pair -------------------------------------------------------------------------------------
+
+
+def test_tiny_pair_never_trains_on_held_out_files() -> None:
+    spec = importlib.util.spec_from_file_location("tiny_pair_make", ROOT / "examples/tiny_pair/make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    splits = make.source_files()
+    assert splits == make.source_files()
+    names = [path for files in splits.values() for path in files]
+    assert len(names) == len(set(names)) > 300 and all(splits.values())
+    assert not any(part in make.SKIP for path in names for part in path.parent.parts[-1:])
