@@ -76,7 +76,8 @@ class Runner:
         """Build one engine, run `calls` ({"prompts": [[ids]], "sampling": {...}}), close it; once per distinct job.
 
         Returns {"calls": [{"tokens": [[ids]], "blocks": [[[position, [drafts]], ...] per prompt]}], "log": text,
-        "error": None or the exception's text}. A block's position is that of the newest token it continues.
+        "error": None or the exception's text, "metrics": vLLM's counters}. A block's position is that of the newest
+        token it continues.
         """
         job = {"target": str(target), "spec": spec, "calls": calls, "env": env or {}, "llm": LLM_KEYS | llm}
         if (key := json.dumps(job, sort_keys=True)) in self._done:
@@ -97,7 +98,7 @@ class Runner:
         sampling = {k: keys.pop(k) for k in names if k in keys}
         out = self.run(target, spec, [{"prompts": prompts, "sampling": sampling}], **keys)
         assert out["error"] is None, f"{out['error']}\n{out['log'][-6000:]}"
-        return out["calls"][0] | {"log": out["log"]}
+        return out["calls"][0] | {"log": out["log"], "metrics": out["metrics"]}
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -174,7 +175,8 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
                     "blocks": [by_request.get(int(o.request_id.split("-")[0]), []) for o in outs],
                 }
             )
-        return {"calls": results, "error": None}
+        counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        return {"calls": results, "error": None, "metrics": counters}
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm

@@ -113,6 +113,36 @@ def test_other_draft_lengths(llama: tuple[Path, Path, Path], runner: str, k: int
     assert_same_drafts(result, reference(target, steered, k=k))
 
 
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_preempted_requests_keep_their_own_guides(llama: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
+    """A KV cache too small for all: requests are thrown out and recomputed, with tokens and guides of their own."""
+    target, _, steered = llama
+    small = {"num_gpu_blocks_override": 12, "max_model_len": 192}
+    result = runners(runner).generate(target, spec(steered), prompts(), max_tokens=NEW, **small)
+    assert result["metrics"]["vllm:num_preemptions"] > 0, "nothing was preempted: this would prove nothing"
+    expected = reference(target, steered)
+    assert result["tokens"] == [g.tokens for g in expected]
+    same = total = 0
+    for i, generation in enumerate(expected):
+        want = {b.position: list(b.drafts) for b in generation.blocks}
+        found = {n: d for n, d in drafted(result, i, generation.blocks[-1].position) if n in want}
+        same += sum(want[n] == d for n, d in found.items())
+        total += len(found)
+    # After a resume vLLM may feed generated tokens again unsteered, and blocks may start elsewhere: not all agree.
+    assert same / total > 0.8
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_warm_prefix_cache_changes_no_output(llama: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
+    target, _, steered = llama
+    calls = [{"prompts": prompts(), "sampling": {"max_tokens": 16}}] * 2
+    out = runners(runner).run(target, spec(steered), calls, enable_prefix_caching=True)
+    assert out["error"] is None, out["log"][-4000:]
+    assert out["metrics"]["vllm:prefix_cache_hits"] > 0
+    expected = [g.tokens[:16] for g in reference(target, steered)]
+    assert [call["tokens"] for call in out["calls"]] == [expected, expected]
+
+
 @pytest.mark.parametrize(("runner", "backend"), [("v1", "inductor"), ("v2", "eager")])
 def test_compiled_drafts_are_the_same(
     llama: tuple[Path, Path, Path], runner: str, backend: str, runners: Any, tmp_path: Path

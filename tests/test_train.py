@@ -360,3 +360,20 @@ def test_tiny_pair_never_trains_on_held_out_files() -> None:
     names = [path for files in splits.values() for path in files]
     assert len(names) == len(set(names)) > 300 and all(splits.values())
     assert not any(part in make.SKIP for path in names for part in path.parent.parts[-1:])
+
+
+def test_tiny_pair_is_small_and_its_training_shows(tmp_path: Path) -> None:
+    """The committed directories, on the held-out prompts: distilling beats pretraining, steering beats distilling."""
+    pair = ROOT / "examples/tiny_pair"
+    assert sum(path.stat().st_size for path in pair.rglob("*") if path.is_file()) < 12e6
+    prompts = [json.loads(line)["prompt"] for line in (pair / "heldout.jsonl").read_text().splitlines()]
+    assert len(prompts) == 48
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+    mean = {}
+    for name in ("drafter", "adapter", "distilled", "steered"):
+        base = pair / ("drafter" if name == "adapter" else name)
+        overlaps = measure_directory(pair / "target", base, pair / name, data, k=5)["overlap"]
+        mean[name] = sum(overlaps) / 5
+    assert mean["drafter"] + 0.005 < mean["adapter"]
+    assert mean["drafter"] + 0.02 < mean["distilled"] < mean["steered"] - 0.003

@@ -1,0 +1,54 @@
+"""The pretrained Qwen pair (`pytest -m real_pair`): steering that changes nothing drafts what stock vLLM drafts.
+
+Wants the directories of examples/qwen_pair/assemble.py, or STEER_QWEN_PAIR with `target/` and `drafter/` in it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from vllm_steer import checkpoint
+from vllm_steer.config import SteeringConfig, default_target_layers, drafter_shape, target_shape
+from vllm_steer.steering import Steering
+
+pytestmark = pytest.mark.real_pair
+
+PAIR = Path(os.environ.get("STEER_QWEN_PAIR", Path.home() / ".cache" / "vllm-steer" / "qwen_pair"))
+K = 5
+NEW = {"v1": 32, "v2": 8}
+TEXTS = ("def merge_sorted(a: list[int], b: list[int]) -> list[int]:\n", "import json\n\n\ndef load(path):\n")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target, drafter = (AutoConfig.from_pretrained(PAIR / part) for part in ("target", "drafter"))
+    layers = default_target_layers(target.num_hidden_layers)
+    shapes = target_shape("target", target), drafter_shape("drafter", drafter)
+    steering = Steering(SteeringConfig(*shapes, layers, tuple(range(drafter.num_hidden_layers)), rank=64))
+    checkpoint.save(path := tmp_path_factory.mktemp("zero"), steering)
+    return path
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_zero_steering_drafts_like_stock(adapter: Path, runner: str, runners: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    prompts = [tokenizer.encode(text) for text in TEXTS]
+    spec = {"model": str(PAIR / "drafter"), "num_speculative_tokens": K}
+    run = lambda **keys: runners(runner).generate(  # noqa: E731
+        PAIR / "target", spec, prompts, max_tokens=NEW[runner], gpu_memory_utilization=0.6, **keys
+    )
+    stock = run()
+    options = {"adapter": str(adapter)}
+    zero = run(additional_config={"vllm_steer": options})
+    assert "steering is on" in zero["log"]
+    off = run(additional_config={"vllm_steer": options | {"scale": 0}})
+    killed = run(additional_config={"vllm_steer": options}, env={"STEER_DISABLE": "1"})
+    assert "steering is on" not in killed["log"]
+    for found in (zero, off, killed):
+        assert found["blocks"] == stock["blocks"]
+        assert found["tokens"] == stock["tokens"]
