@@ -238,3 +238,16 @@ def test_a_missing_seam_refuses_steered_drafters_only(
 def test_every_seam_says_why_and_until_when() -> None:
     for seam in seams.SEAMS:
         assert seam.why and seam.remove_when
+
+
+def test_the_repair_of_vllm_is_still_needed() -> None:
+    """When this fails, vLLM's own expansion writes its result: the seam `expand_batch_to_tokens` can go."""
+    import torch
+    import vllm.v1.sample.rejection_sampler as sampler
+
+    register()
+    temperatures, ends = torch.tensor([0.5, 2.0]), torch.tensor([2, 3], dtype=torch.int32)
+    assert sampler.expand_batch_to_tokens(temperatures, ends, 3).tolist() == [0.5, 0.5, 2.0]
+    stock = sampler.expand_batch_to_tokens.__wrapped__
+    results = [stock(temperatures, ends, 3).tolist() for _ in range(3)]
+    assert any(found != [0.5, 0.5, 2.0] for found in results)

@@ -31,6 +31,7 @@ class Seam:
     remove_when: str
     needs: tuple[str, ...] = ()  # attributes of the original that the replacement relies on
     runner: str = "both"  # "both", "v1" or "v2"
+    required: bool = True  # False: a repair of vLLM's own, nothing steering depends on
 
 
 def _checked_post_init(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -128,6 +129,7 @@ SEAMS = (
         ),
         remove_when="vllm/utils/cpu_triton_utils.py:_expand_kernel_impl copies its result back",
         runner="v1",
+        required=False,
     ),
 )
 
@@ -154,7 +156,7 @@ def require(v2: bool) -> None:
     import vllm
 
     for seam in SEAMS:
-        if seam.runner not in ("both", "v2" if v2 else "v1"):
+        if not seam.required or seam.runner not in ("both", "v2" if v2 else "v1"):
             continue
         try:
             importlib.import_module(seam.module)
