@@ -244,10 +244,11 @@ def test_the_repair_of_vllm_is_still_needed() -> None:
     """When this fails, vLLM's own expansion writes its result: the seam `expand_batch_to_tokens` can go."""
     import torch
     import vllm.v1.sample.rejection_sampler as sampler
+    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 
     register()
     temperatures, ends = torch.tensor([0.5, 2.0]), torch.tensor([2, 3], dtype=torch.int32)
     assert sampler.expand_batch_to_tokens(temperatures, ends, 3).tolist() == [0.5, 0.5, 2.0]
-    stock = sampler.expand_batch_to_tokens.__wrapped__
-    results = [stock(temperatures, ends, 3).tolist() for _ in range(3)]
-    assert any(found != [0.5, 0.5, 2.0] for found in results)
+    output = torch.full((3,), 7.0)
+    _expand_kernel_impl(output, temperatures, ends, 0, 1)
+    assert output.tolist() == [7.0, 7.0, 7.0], "vLLM's kernel now writes: remove the seam"
