@@ -31,7 +31,7 @@ class Row:
     prompt_length: int
 
 
-def read_rows(path: str | Path, tokenizer: Any, max_length: int, vocab_size: int) -> list[Row]:
+def read_rows(path: str | Path, tokenizer: Any, max_length: int) -> list[Row]:
     """Read a JSONL file, cutting rows to `max_length` tokens; rows left without a response are dropped.
 
     Raises SteeringError naming the line for anything that is not one of the forms above, and when no row is left.
@@ -47,7 +47,7 @@ def read_rows(path: str | Path, tokenizer: Any, max_length: int, vocab_size: int
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        row = _parse(line, f"{path}, line {number}", tokenizer, vocab_size)
+        row = _parse(line, f"{path}, line {number}", tokenizer)
         row = Row(row.ids[:max_length], row.prompt_length)
         if len(row.ids) > row.prompt_length:
             rows.append(row)
@@ -85,7 +85,7 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse(line: str, where: str, tokenizer: Any, vocab_size: int) -> Row:
+def _parse(line: str, where: str, tokenizer: Any) -> Row:
     try:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
@@ -96,7 +96,7 @@ def _parse(line: str, where: str, tokenizer: Any, vocab_size: int) -> Row:
     if "text" in raw:
         return Row(tuple(_encode(raw["text"], f"{where}: text", tokenizer, special=True)), 0)
     if "prompt_ids" in raw:
-        prompt, response = (_ids(raw[key], f"{where}: {key}", vocab_size) for key in ("prompt_ids", "response_ids"))
+        prompt, response = (_ids(raw[key], f"{where}: {key}", len(tokenizer)) for key in ("prompt_ids", "response_ids"))
     else:
         prompt = _prompt(raw["prompt"], where, tokenizer)
         response = _encode(raw["response"], f"{where}: response", tokenizer, special=False)

