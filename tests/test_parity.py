@@ -5,6 +5,7 @@ One engine process per runner serves the whole session; see engines.py.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def spec(model: Path, k: int = K, **keys: Any) -> dict[str, Any]:
     return {"model": str(model), "num_speculative_tokens": k, **keys}
 
 
+@functools.cache
 def reference(target: Path, drafter: Path, steered: bool = True, k: int = K, new: int = NEW) -> list[Generation]:
     """What the Hugging Face loop generates and drafts for every prompt."""
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
@@ -141,6 +143,15 @@ def test_a_warm_prefix_cache_changes_no_output(llama: tuple[Path, Path, Path], r
     assert out["metrics"]["vllm:prefix_cache_hits"] > 0
     expected = [g.tokens[:16] for g in reference(target, steered)]
     assert [call["tokens"] for call in out["calls"]] == [expected, expected]
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_sequences_may_fill_the_context(llama: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
+    target, _, steered = llama
+    result = runners(runner).generate(target, spec(steered), prompts(), max_tokens=NEW, max_model_len=112)
+    expected = [g.tokens for g in reference(target, steered)]
+    for length, tokens, want in zip(LENGTHS, result["tokens"], expected, strict=True):
+        assert tokens == want[: 112 - length], f"prompt of {length} tokens"
 
 
 @pytest.mark.parametrize(("runner", "backend"), [("v1", "inductor"), ("v2", "eager")])
