@@ -363,7 +363,10 @@ def test_tiny_pair_never_trains_on_held_out_files() -> None:
 
 
 def test_tiny_pair_is_small_and_its_training_shows(tmp_path: Path) -> None:
-    """The committed directories, on the held-out prompts: distilling beats pretraining, steering beats distilling."""
+    """The committed directories, on the held-out prompts: distilling beats pretraining, steering beats distilling.
+
+    The floors lie a little below what was measured when the pair was made (means over offsets: see README there).
+    """
     pair = ROOT / "examples/tiny_pair"
     assert sum(path.stat().st_size for path in pair.rglob("*") if path.is_file()) < 12e6
     prompts = [json.loads(line)["prompt"] for line in (pair / "heldout.jsonl").read_text().splitlines()]
@@ -375,5 +378,5 @@ def test_tiny_pair_is_small_and_its_training_shows(tmp_path: Path) -> None:
         base = pair / ("drafter" if name == "adapter" else name)
         overlaps = measure_directory(pair / "target", base, pair / name, data, k=5)["overlap"]
         mean[name] = sum(overlaps) / 5
-    assert mean["drafter"] + 0.005 < mean["adapter"]
-    assert mean["drafter"] + 0.02 < mean["distilled"] < mean["steered"] - 0.003
+    assert mean["drafter"] + 0.003 < mean["adapter"], mean
+    assert mean["drafter"] + 0.05 < mean["distilled"] < mean["steered"] - 0.003, mean
