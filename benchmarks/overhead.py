@@ -1,9 +1,9 @@
 """What steering costs: a steered engine with zero weights against stock `draft_model`, tokens per second.
 
 Zero weights make both engines draft the same tokens and take the same number of steps, so the ratio of their speeds
-is the cost of steering alone: states, guides, deltas, injection. Both engines live side by side in processes of their
-own and answer in turn (A B B A ...), so drift of the machine hits both. Prints one ratio per batch size: the median
-over rounds, and the lowest and highest.
+is the cost of steering alone: states, guides, deltas, injection. The engines take turns, stock, steered, steered,
+stock, each in a process of its own (two of a real pair do not fit into one small machine), so slow drift of the
+machine hits both. Prints one ratio per batch size, from the median of each turn, and the ratio of either half.
 
     python benchmarks/overhead.py TARGET DRAFTER --rank 64 --batch 1 8
 """
@@ -55,8 +55,8 @@ def zero_adapter(target: str, drafter: str, rank: int | None, layers: str, direc
     return directory
 
 
-def engine(pipe: Any, args: argparse.Namespace, adapter: Path | None) -> None:
-    """Engine process: answers (batch size) with (tokens, seconds) until told to stop."""
+def turn(pipe: Any, args: argparse.Namespace, adapter: Path | None) -> None:
+    """Engine process: send {batch: [tokens per second, one for each round]}."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -69,53 +69,68 @@ def engine(pipe: Any, args: argparse.Namespace, adapter: Path | None) -> None:
         max_num_batched_tokens=512,
         enforce_eager=args.eager,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.4,
+        gpu_memory_utilization=0.5,
         seed=0,
     )
     sampling = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-    pipe.send("ready")
-    while batch := pipe.recv():
+    speeds: dict[int, list[float]] = {batch: [] for batch in args.batch}
+    for batch in args.batch:
         prompts = [f"# module {i}\n{TEXT}" for i in range(batch)]
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        pipe.send((sum(len(o.outputs[0].token_ids) for o in outputs), seconds))
+        for round_number in range(args.rounds + 1):
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            if round_number:  # the first is a warm-up
+                speeds[batch].append(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds)
+    pipe.send(speeds)
 
 
-def start(args: argparse.Namespace, adapter: Path | None) -> Any:
-    here, there = mp.get_context("spawn").Pipe()
-    mp.get_context("spawn").Process(target=engine, args=(there, args, adapter), daemon=True).start()
+def take_turn(args: argparse.Namespace, adapter: Path | None) -> dict[int, float]:
+    """Median tokens per second for every batch size, from an engine of its own."""
+    context = mp.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=turn, args=(there, args, adapter))
+    process.start()
     there.close()
-    assert here.recv() == "ready"
-    return here
+    try:
+        speeds = here.recv()
+    except EOFError:
+        sys.exit("the engine process died: its output is above; if there is none, the machine ran out of memory")
+    finally:
+        process.join(60)
+        process.kill()
+    return {batch: statistics.median(values) for batch, values in speeds.items()}
 
 
-def compare(stock: Any, steered: Any, batch: int, rounds: int) -> dict[str, Any]:
-    """Interleaved runs of both engines on one batch size; the first run of each is thrown away."""
-    speeds: dict[str, list[float]] = {"stock": [], "steered": []}
-    pipes = {"stock": stock, "steered": steered}
-    for i in range(rounds + 1):
-        for name in ("stock", "steered") if i % 2 else ("steered", "stock"):
-            pipes[name].send(batch)
-            tokens, seconds = pipes[name].recv()
-            if i:
-                speeds[name].append(tokens / seconds)
-    ratios = [b / a for a, b in zip(speeds["stock"], speeds["steered"], strict=True)]
-    median = {name: round(statistics.median(values), 3) for name, values in speeds.items()}
-    found = {"batch": batch, "tokens_per_s": median, "ratio": round(statistics.median(ratios), 4)}
-    return found | {"ratio_low": round(min(ratios), 4), "ratio_high": round(max(ratios), 4), "rounds": rounds}
+def compare(args: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:
+    """Stock, steered, steered, stock: one row per batch size."""
+    a, b, c, d = (take_turn(args, which) for which in (None, adapter, adapter, None))
+    rows = []
+    for batch in args.batch:
+        stock, steered = (a[batch] + d[batch]) / 2, (b[batch] + c[batch]) / 2
+        halves = sorted((b[batch] / a[batch], c[batch] / d[batch]))
+        rows.append(
+            {
+                "batch": batch,
+                "stock_tokens_per_s": round(stock, 3),
+                "steered_tokens_per_s": round(steered, 3),
+                "ratio": round(steered / stock, 4),
+                "ratio_of_halves": [round(x, 4) for x in halves],
+            }
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
-    parser.add_argument("drafter", help="plain drafter; a zero adapter is made for it on the fly")
+    parser.add_argument("drafter", help="plain drafter; a zero adapter is made on the fly")
     parser.add_argument("--rank", type=int, default=None, help="rank of the zero steering (default: full rank)")
     parser.add_argument("--layers", default="all", help="steered drafter layers, e.g. 20,21,22 (default: all)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--k", type=int, default=5, help="draft length")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per request")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs per turn and batch size")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--eager", action="store_true", help="enforce_eager: no torch.compile in either engine")
@@ -124,17 +139,13 @@ def main() -> None:
     os.environ.update(ENV)
     with tempfile.TemporaryDirectory() as folder:
         adapter = zero_adapter(args.target, args.drafter, args.rank, args.layers, Path(folder))
-        stock, steered = start(args, None), start(args, adapter)
-        results = []
-        for batch in args.batch:
-            results.append(compare(stock, steered, batch, args.rounds))
-            r = results[-1]
-            print(
-                f"batch {batch}: stock {r['tokens_per_s']['stock']:.2f} tokens/s, steered "
-                f"{r['tokens_per_s']['steered']:.2f}, ratio {r['ratio']:.3f} [{r['ratio_low']:.3f}, "
-                f"{r['ratio_high']:.3f}] over {r['rounds']} rounds",
-                flush=True,
-            )
+        results = compare(args, adapter)
+    for r in results:
+        print(
+            f"batch {r['batch']}: stock {r['stock_tokens_per_s']:.2f} tokens/s, steered "
+            f"{r['steered_tokens_per_s']:.2f}, ratio {r['ratio']:.3f} (halves {r['ratio_of_halves'][0]:.3f}, "
+            f"{r['ratio_of_halves'][1]:.3f})"
+        )
     if args.json:
         import torch
         import vllm

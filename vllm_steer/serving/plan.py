@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig, SteeringError, check_pair
+from vllm_steer.config import SteeringConfig, SteeringError, check_pair, text_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -164,6 +164,20 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"a steered drafter does not work with {name} yet: turn that off, or set {KILL_SWITCH}=1 to serve "
                 "the drafter unsteered"
             )
+    if not getattr(vllm_config, "use_v2_model_runner", False) and _has_sliding_window(spec.draft_model_config):
+        if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            raise SteeringError(
+                f"the drafter {spec.draft_model_config.model!r} has sliding-window layers; vLLM's V1 runner then mixes "
+                "up the KV cache groups of target and drafter and even the target's own output is wrong: add "
+                "--disable-hybrid-kv-cache-manager, or use the V2 runner"
+            )
+
+
+def _has_sliding_window(model_config: Any) -> bool:
+    config = text_config(model_config.hf_config)
+    if (kinds := getattr(config, "layer_types", None)) is not None:
+        return "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _require_target_states(vllm_config: VllmConfig) -> None:
