@@ -1,9 +1,10 @@
-"""What steering costs: a steered engine with zero weights against stock `draft_model`, tokens per second.
+"""What steering costs: a drafter steered with zero weights against stock `draft_model`, tokens per second.
 
-Zero weights make both engines draft the same tokens and take the same number of steps, so the ratio of their speeds
-is the cost of steering alone: states, guides, deltas, injection. The engines take turns, stock, steered, steered,
-stock, each in a process of its own (two of a real pair do not fit into one small machine), so slow drift of the
-machine hits both. Prints one ratio per batch size, from the median of each turn, and the ratio of either half.
+Zero weights make both draft the same tokens in the same number of steps, so the ratio of their speeds is the cost of
+steering alone: states, guides, deltas, injection. One eager V1 engine answers the same prompts by turns, steered and
+with everything of ours taken out (wrapped activations, the proposer's hooks, the target's auxiliary states), so that
+drift of the machine hits both alike: on a small machine it is larger than the cost, and two engines of a real pair do
+not fit into memory. Prints one ratio per batch size: the median over rounds, and the lowest and highest.
 
     python benchmarks/overhead.py TARGET DRAFTER --rank 64 --batch 1 8
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing as mp
 import os
 import platform
 import shlex
@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from vllm_steer.serving.model import SteeredActivation
 
 ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -55,70 +57,73 @@ def zero_adapter(target: str, drafter: str, rank: int | None, layers: str, direc
     return directory
 
 
-def turn(pipe: Any, args: argparse.Namespace, adapter: Path | None) -> None:
-    """Engine process: send {batch: [tokens per second, one for each round]}."""
-    from vllm import LLM, SamplingParams
+class Switch:
+    """Takes steering out of a live V1 engine, and puts it back."""
 
-    llm = LLM(
+    def __init__(self, llm: Any):
+        self.runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.injection = self.runner.drafter.injection
+        self.layers = self.injection.config.target_layer_ids
+        modules = self.runner.drafter.model.modules()
+        self.mlps = [(m, m.act_fn) for m in modules if isinstance(getattr(m, "act_fn", None), SteeredActivation)]
+        assert self.mlps, "the engine is not steered"
+
+    def set(self, on: bool) -> None:
+        for mlp, wrapper in self.mlps:
+            mlp.act_fn = wrapper if on else wrapper.act_fn
+        self.runner.drafter.injection = self.injection if on else None
+        self.runner.use_aux_hidden_state_outputs = on
+        self.runner.get_model().set_aux_hidden_state_layers(self.layers if on else ())
+
+
+def build(args: argparse.Namespace, adapter: Path) -> Any:
+    """The engine, steered."""
+    from vllm import LLM
+
+    return LLM(
         args.target,
         speculative_config={"model": args.drafter, "num_speculative_tokens": args.k},
-        additional_config={"vllm_steer": {"adapter": str(adapter)}} if adapter else {},
+        additional_config={"vllm_steer": {"adapter": str(adapter)}},
         dtype=args.dtype,
         max_model_len=512,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=512,
-        enforce_eager=args.eager,
+        enforce_eager=True,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.5,
         seed=0,
     )
+
+
+def compare(llm: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Alternate both forms on one batch size; the first round of each is thrown away."""
+    from vllm import SamplingParams
+
+    switch = Switch(llm)
     sampling = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-    speeds: dict[int, list[float]] = {batch: [] for batch in args.batch}
-    for batch in args.batch:
-        prompts = [f"# module {i}\n{TEXT}" for i in range(batch)]
-        for round_number in range(args.rounds + 1):
+    prompts = [f"# module {i}\n{TEXT}" for i in range(batch)]
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    answers = set()
+    for i in range(args.rounds + 1):
+        for on in (False, True) if i % 2 else (True, False):
+            switch.set(on)
             start = time.perf_counter()
             outputs = llm.generate(prompts, sampling, use_tqdm=False)
             seconds = time.perf_counter() - start
-            if round_number:  # the first is a warm-up
-                speeds[batch].append(sum(len(o.outputs[0].token_ids) for o in outputs) / seconds)
-    pipe.send(speeds)
-
-
-def take_turn(args: argparse.Namespace, adapter: Path | None) -> dict[int, float]:
-    """Median tokens per second for every batch size, from an engine of its own."""
-    context = mp.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=turn, args=(there, args, adapter))
-    process.start()
-    there.close()
-    try:
-        speeds = here.recv()
-    except EOFError:
-        sys.exit("the engine process died: its output is above; if there is none, the machine ran out of memory")
-    finally:
-        process.join(60)
-        process.kill()
-    return {batch: statistics.median(values) for batch, values in speeds.items()}
-
-
-def compare(args: argparse.Namespace, adapter: Path) -> list[dict[str, Any]]:
-    """Stock, steered, steered, stock: one row per batch size."""
-    a, b, c, d = (take_turn(args, which) for which in (None, adapter, adapter, None))
-    rows = []
-    for batch in args.batch:
-        stock, steered = (a[batch] + d[batch]) / 2, (b[batch] + c[batch]) / 2
-        halves = sorted((b[batch] / a[batch], c[batch] / d[batch]))
-        rows.append(
-            {
-                "batch": batch,
-                "stock_tokens_per_s": round(stock, 3),
-                "steered_tokens_per_s": round(steered, 3),
-                "ratio": round(steered / stock, 4),
-                "ratio_of_halves": [round(x, 4) for x in halves],
-            }
-        )
-    return rows
+            answers.add(tuple(tuple(o.outputs[0].token_ids) for o in outputs))
+            if i:
+                speeds[on].append(batch * args.tokens / seconds)
+    switch.set(True)
+    assert len(answers) == 1, "zero steering changed the output"
+    ratios = [steered / stock for stock, steered in zip(speeds[False], speeds[True], strict=True)]
+    return {
+        "batch": batch,
+        "stock_tokens_per_s": round(statistics.median(speeds[False]), 3),
+        "steered_tokens_per_s": round(statistics.median(speeds[True]), 3),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
+        "rounds": args.rounds,
+    }
 
 
 def main() -> None:
@@ -130,22 +135,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--k", type=int, default=5, help="draft length")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per request")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs per turn and batch size")
+    parser.add_argument("--rounds", type=int, default=6, help="timed runs of each form and batch size")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--eager", action="store_true", help="enforce_eager: no torch.compile in either engine")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     os.environ.update(ENV)
     with tempfile.TemporaryDirectory() as folder:
         adapter = zero_adapter(args.target, args.drafter, args.rank, args.layers, Path(folder))
-        results = compare(args, adapter)
-    for r in results:
-        print(
-            f"batch {r['batch']}: stock {r['stock_tokens_per_s']:.2f} tokens/s, steered "
-            f"{r['steered_tokens_per_s']:.2f}, ratio {r['ratio']:.3f} (halves {r['ratio_of_halves'][0]:.3f}, "
-            f"{r['ratio_of_halves'][1]:.3f})"
-        )
+        llm = build(args, adapter)
+        results = []
+        for batch in args.batch:
+            r = compare(llm, batch, args)
+            results.append(r)
+            print(
+                f"batch {batch}: stock {r['stock_tokens_per_s']:.2f} tokens/s, steered "
+                f"{r['steered_tokens_per_s']:.2f}, ratio {r['ratio']:.3f} "
+                f"[{r['ratio_range'][0]:.3f}, {r['ratio_range'][1]:.3f}] over {r['rounds']} rounds",
+                flush=True,
+            )
     if args.json:
         import torch
         import vllm
@@ -155,9 +163,8 @@ def main() -> None:
             "command": shlex.join(["python", *sys.argv]),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "runner": "V1, CPU",
+            "runner": "V1, eager",
             "rank": args.rank or "full",
-            "compiled": not args.eager,
             "results": results,
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")

