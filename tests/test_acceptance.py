@@ -12,8 +12,8 @@ PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
 K = 5
 NEW = 64
 PROMPTS = {"v1": 48, "v2": 12}  # Triton's interpreter is slow
-# Steered minus plain, tokens per block: about half of what was measured (see README, "Numbers").
-GAIN = 0.05
+# Steered minus plain, tokens per block. Measured on V1: 0.37 greedy, 0.40 at T=1 (README, "Numbers"); V2 sees fewer.
+GAIN = {"v1": 0.2, "v2": 0.1}
 
 
 def efficiency(result: dict[str, Any], prompts: list[list[int]]) -> float:
@@ -48,6 +48,6 @@ def test_the_steered_drafter_is_accepted_more(runner: str, temperature: float, r
         )
     plain, steered = (efficiency(found[name], prompts) for name in ("drafter", "steered"))
     print(f"{runner} T={temperature}: plain {plain:.3f}, steered {steered:.3f} tokens per block")
-    assert steered > plain + GAIN
+    assert steered > plain + GAIN[runner]
     if temperature == 0:
         assert found["drafter"]["tokens"] == found["steered"]["tokens"]
