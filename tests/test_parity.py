@@ -94,17 +94,18 @@ def test_zero_projection_is_stock_and_adapters_attach(
     llama: tuple[Path, Path, Path], runner: str, runners: Any, tmp_path: Path
 ) -> None:
     target, plain, steered = llama
-    adapter = tmp_path / "adapter"
-    checkpoint.save(adapter, checkpoint.load(steered))
-    run = lambda **keys: runners(runner).generate(target, spec(plain), prompts(), max_tokens=NEW, **keys)  # noqa: E731
-    attached = run(additional_config={"vllm_steer": {"adapter": str(adapter)}})
-    full = runners(runner).generate(target, spec(steered), prompts(), max_tokens=NEW)
-    assert blocks_of(attached) == blocks_of(full)
     steering = checkpoint.load(steered)
+    checkpoint.save(tmp_path / "adapter", steering)
     steering.output.weight.zero_()
-    checkpoint.save(adapter, steering)
-    zero = run(additional_config={"vllm_steer": {"adapter": str(adapter)}})
-    assert blocks_of(zero) == blocks_of(run())
+    checkpoint.save(tmp_path / "zero", steering)
+
+    def run(name: str | None = None) -> dict[str, Any]:
+        options = {"vllm_steer": {"adapter": str(tmp_path / name)}} if name else {}
+        return runners(runner).generate(target, spec(plain), prompts(), max_tokens=NEW, additional_config=options)
+
+    full = runners(runner).generate(target, spec(steered), prompts(), max_tokens=NEW)
+    assert blocks_of(run("adapter")) == blocks_of(full)
+    assert blocks_of(run("zero")) == blocks_of(run())
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
