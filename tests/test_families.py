@@ -29,7 +29,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steered_drafter(family: str, target: Path, path: Path) -> Path:
     """A random drafter of `family` for the Llama target, with a random steering."""
-    drafter = tiny_model(family, DRAFTER, seed=1, tie_word_embeddings=family == "gemma2")  # vLLM's has no other form
+    tied = family == "gemma2"  # vLLM's has no other form
+    drafter = tiny_model(family, DRAFTER, seed=1, tie_word_embeddings=tied)
+    if tied:  # else it repeats its last token whatever it is told
+        drafter.model.embed_tokens.weight.data.mul_(0.05)
     drafter.save_pretrained(path)
     save_tokenizer(path)
     checkpoint.save(path, random_steering(AutoModelForCausalLM.from_pretrained(target).config, drafter.config))
