@@ -8,23 +8,13 @@ Counts are vLLM's own (1 + accepted / drafts); no prefix cache and no preemption
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing as mp
 import os
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
+from record import ENV, write_report
 
 
 def measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
@@ -96,17 +86,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        import torch
-        import vllm
-
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU",
-            "versions": {"torch": torch.__version__, "vllm": vllm.__version__},
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(args.json, runner="V1, eager", rows=rows)
 
 
 if __name__ == "__main__":

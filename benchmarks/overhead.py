@@ -12,27 +12,17 @@ not fit into memory. Prints one ratio per batch size: the median over rounds, an
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from record import ENV, write_report
+
 from vllm_steer.serving.model import SteeredActivation
 
-ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 TEXT = "def read_lines(path, limit=None):\n    "
 
 
@@ -155,19 +145,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        import torch
-        import vllm
-
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", *sys.argv]),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
-            "runner": "V1, eager",
-            "rank": args.rank or "full",
-            "results": results,
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(args.json, runner="V1, eager", rank=args.rank or "full", results=results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""What the benchmarks share: the environment of an in-process V1 engine, and how a result is written down."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def write_report(path: Path, **results: Any) -> None:
+    """Write `results` as JSON under the date, the command, the machine and the versions they come from."""
+    import torch
+    import vllm
+
+    report = {
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    path.write_text(json.dumps(report | results, indent=2) + "\n")
