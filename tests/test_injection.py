@@ -61,9 +61,16 @@ def injection(steered: Path, scale: float = 1.0, **keys: int) -> Injection:
     return Injection(make_plan(steered, scale), torch.device("cpu"), torch.float32, **keys)
 
 
-def steer(found: Injection, states: torch.Tensor, rows: list[int], positions: list[int], prompts: list[int]) -> None:
+def steer(
+    found: Injection,
+    states: torch.Tensor,
+    rows: list[int],
+    positions: list[int],
+    prompts: list[int],
+    starts: tuple[int, ...] = (0, 6),
+) -> None:
     found.set_guides(states)
-    starts = [0, 6][: len(rows)]
+    starts = starts[: len(rows)]
     found.steer_window(*(torch.tensor(x) for x in (rows, positions, starts, prompts)))
 
 
@@ -80,6 +87,38 @@ def test_only_the_window_after_the_prompt_is_steered(steered: Path) -> None:
     want[9] = deltas[1, 1]
     torch.testing.assert_close(gate_up[:, 96:], want)
     assert not gate_up[:, :96].any()
+
+
+def test_a_long_prompt_between_two_windows_is_not_steered(steered: Path) -> None:
+    found = injection(steered)
+    states, gap = torch.randn(2, 384), 4 * found.rows.numel()
+    steer(found, states, rows=[3, gap + 2], positions=[10, 9], prompts=[9, 9], starts=(0, 6))
+    deltas = checkpoint.load(steered)(states)
+    gate_up = torch.zeros(gap + 4, 2 * 96)
+    torch.ops.vllm_steer.inject(gate_up, found.deltas, found.rows, found.requests, found.count, 1)
+    want = torch.zeros(gap + 4, 96)
+    want[2:4] = deltas[0, 1]
+    want[gap + 2] = deltas[1, 1]
+    torch.testing.assert_close(gate_up[:, 96:], want)
+
+
+def test_one_request_alone(steered: Path) -> None:
+    found = injection(steered)
+    states = torch.randn(1, 384)
+    steer(found, states, rows=[4], positions=[10], prompts=[8], starts=(0,))
+    gate_up = torch.zeros(6, 192)
+    torch.ops.vllm_steer.inject(gate_up, found.deltas, found.rows, found.requests, found.count, 1)
+    want = torch.zeros(6, 96)
+    want[2:5] = checkpoint.load(steered)(states)[0, 1]
+    torch.testing.assert_close(gate_up[:, 96:], want)
+
+
+def test_a_round_without_a_steered_row_steers_none(steered: Path) -> None:
+    found = injection(steered)
+    steer(found, torch.randn(1, 384), rows=[3], positions=[10], prompts=[11])
+    gate_up = torch.zeros(4, 192)
+    torch.ops.vllm_steer.inject(gate_up, found.deltas, found.rows, found.requests, found.count, 0)
+    assert not gate_up.any()
 
 
 def test_later_passes_steer_one_row_a_request_and_off_steers_none(steered: Path) -> None:
@@ -137,7 +176,7 @@ torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16):
     deltas = torch.randn(5, 3, 70).to(dtype); deltas[0] = 0
     rows = torch.tensor([4, 0, 0, 0, 7, 2, 9, 9]); requests = torch.tensor([1, 0, 2, 0, 3, 4, 1, 2])
-    count = torch.tensor([6], dtype=torch.int32)
+    count = torch.tensor([6, 0, 0], dtype=torch.int32)
     base = torch.randn(10, 140).to(dtype)
     for layer in range(3):
         a, b = base.clone(), base.clone()

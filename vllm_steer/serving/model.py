@@ -6,7 +6,7 @@ N = max_num_seqs, T tokens in the forward.
     deltas    [N + 1, L, F]   entry i + 1 belongs to batch row i; entry 0 is all zeros, for ever
     rows      [(k + 2) * N]   which rows of the forward are steered ...
     requests  [(k + 2) * N]   ... and with which entry of `deltas` (0: not at all)
-    count     [1] int32       how many entries of rows / requests are in use
+    count     [3] int32       how many entries of rows / requests are in use; for the CPU: their form, their first row
 
 The buffers keep shape and address for life, and nothing that torch.compile traces depends on their contents:
 vLLM traces the drafter once, during profiling, when nothing is steered yet.
@@ -31,6 +31,12 @@ logger = logging.getLogger("vllm.steer")
 # Activations that compute act(x[:d]) * x[d:]: the up-projection is the upper half. Others interleave or swap.
 GATE_FIRST = ("SiluAndMul", "GeluAndMul")
 
+# Forms of a list of steered rows. A CPU has no kernel that reads an index per row, and its general one costs most:
+LISTS = 0  # rows and entries as listed
+SPAN = 1  # consecutive rows, entries as listed
+EACH = 2  # rows 0, 1, ... with entries 1, 2, ...
+ONE = 3  # consecutive rows, all with entry 1
+
 _library = torch.library.Library("vllm_steer", "DEF")
 _library.define(
     "inject(Tensor(a!) gate_up, Tensor deltas, Tensor rows, Tensor requests, Tensor count, int layer) -> ()"
@@ -38,10 +44,18 @@ _library.define(
 
 
 def _inject_cpu(gate_up: Tensor, deltas: Tensor, rows: Tensor, requests: Tensor, count: Tensor, layer: int) -> None:
-    n = int(count)
-    if n:
-        up = gate_up.view(-1, gate_up.shape[-1])[:, deltas.shape[-1] :]
-        up.index_add_(0, rows[:n], deltas[:, layer].index_select(0, requests[:n]))
+    n, form, first = count.tolist()
+    if n == 0:
+        return
+    width = deltas.shape[-1]
+    up = gate_up.view(-1, 2 * width).narrow(1, width, width)
+    entries = deltas.select(1, layer)
+    if form == LISTS:
+        up.index_add_(0, rows[:n], entries.index_select(0, requests[:n]))
+    elif form == SPAN:
+        up.narrow(0, first, n).add_(entries.index_select(0, requests[:n]))
+    else:
+        up.narrow(0, first, n).add_(entries.narrow(0, 1, n if form == EACH else 1))
 
 
 def _inject_cuda(gate_up: Tensor, deltas: Tensor, rows: Tensor, requests: Tensor, count: Tensor, layer: int) -> None:
@@ -72,7 +86,10 @@ class SteeredActivation(nn.Module):
         self.register_buffer("count", injection.count, persistent=False)
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        torch.ops.vllm_steer.inject(gate_up, self.deltas, self.rows, self.requests, self.count, self.layer)
+        # Eager CPU: past the dispatcher, which costs as much as the addition.
+        direct = gate_up.device.type == "cpu" and not torch.compiler.is_compiling()
+        inject = _inject_cpu if direct else torch.ops.vllm_steer.inject
+        inject(gate_up, self.deltas, self.rows, self.requests, self.count, self.layer)
         return self.act_fn(gate_up)
 
 
@@ -96,7 +113,7 @@ class Injection:
         self.deltas = torch.zeros(n + 1, self.config.num_steered, width, device=device, dtype=dtype)
         self.rows = torch.zeros(window * n, device=device, dtype=torch.int64)
         self.requests = torch.zeros(window * n, device=device, dtype=torch.int64)
-        self.count = torch.zeros(1, device=device, dtype=torch.int32)
+        self.count = torch.zeros(3, device=device, dtype=torch.int32)
         self._entries = torch.arange(1, n + 1, device=device)
         self._back = torch.arange(window, device=device)
 
@@ -142,17 +159,37 @@ class Injection:
         rows = newest[:, None] - self._back
         steered = (rows >= first_row[:, None]) & (position[:, None] - self._back >= prompt_len[:, None])
         requests = torch.where(steered, self._entries[: newest.shape[0], None], 0)
+        if self.rows.device.type == "cpu" and self._steer_span(rows[steered], requests[steered]):
+            return
         n = rows.numel()
         self.rows[:n] = torch.where(steered, rows, 0).flatten()
         self.requests[:n] = requests.flatten()
-        self.count.fill_(n)
+        self._use(n)
+
+    def _steer_span(self, rows: Tensor, requests: Tensor) -> bool:
+        """Name every row from the first steered to the last, unsteered ones with entry 0, if the buffers hold them."""
+        if not rows.numel():
+            self.off()
+            return True
+        first, n = int(rows.min()), int(rows.max() - rows.min()) + 1
+        if n > self.rows.numel():  # a prompt lies between
+            return False
+        self.rows[:n] = torch.arange(first, first + n)
+        self.requests[:n] = 0
+        self.requests[rows - first] = requests
+        self._use(n, ONE if int(requests.max()) == 1 and rows.numel() == n else SPAN, first)
+        return True
+
+    def _use(self, n: int, form: int = LISTS, first: int = 0) -> None:
+        for i, value in enumerate((n, form, first)):
+            self.count[i].fill_(value)
 
     @torch.inference_mode()
     def steer_drafts(self, num_requests: int) -> None:
         """Steer the later passes: one row per request, in batch order."""
         self.requests[:num_requests] = self._entries[:num_requests]
         self.rows[:num_requests] = self._entries[:num_requests] - 1
-        self.count.fill_(num_requests)
+        self._use(num_requests, EACH)
 
     def off(self) -> None:
         """No row is steered: profiling and dummy runs have rows of their own."""
