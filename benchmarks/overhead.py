@@ -1,10 +1,11 @@
 """What steering costs: a drafter steered with zero weights against stock `draft_model`, tokens per second.
 
 Zero weights make both draft the same tokens in the same number of steps, so the ratio of their speeds is the cost of
-steering alone: states, guides, deltas, injection. One eager V1 engine answers the same prompts by turns, steered and
-with everything of ours taken out (wrapped activations, the proposer's hooks, the target's auxiliary states), so that
-drift of the machine hits both alike: on a small machine it is larger than the cost, and two engines of a real pair do
-not fit into memory. Prints one ratio per batch size: the median over rounds, and the lowest and highest.
+steering alone: states, guides, deltas, injection. One eager V1 engine answers the same prompts again and again; every
+other engine step (one verification and one draft round) is steered, in between everything of ours is taken out
+(wrapped activations, the proposer's hooks, the target's auxiliary states), and the next answer swaps the two. So every
+step is timed in both forms within seconds: a small machine drifts by more than the cost, and two engines of a real
+pair do not fit into its memory. Prints one ratio of speeds per batch size with a 95 % bootstrap interval over steps.
 
     python benchmarks/overhead.py TARGET DRAFTER --rank 64 --batch 1 8
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -28,22 +29,13 @@ TEXT = "def read_lines(path, limit=None):\n    "
 
 def zero_adapter(target: str, drafter: str, rank: int | None, layers: str, directory: Path) -> Path:
     """An adapter over `drafter` whose deltas are all zero."""
-    from transformers import AutoConfig
-
     from vllm_steer import checkpoint
-    from vllm_steer.config import SteeringConfig, default_target_layers, drafter_shape, target_shape
+    from vllm_steer.config import SteeringConfig, read_model_config
     from vllm_steer.steering import Steering
 
-    big, small = (AutoConfig.from_pretrained(path) for path in (target, drafter))
-    steered = range(small.num_hidden_layers) if layers == "all" else map(int, layers.split(","))
-    config = SteeringConfig(
-        target_shape(target, big),
-        drafter_shape(drafter, small),
-        default_target_layers(big.num_hidden_layers),
-        tuple(steered),
-        rank,
-    )
-    checkpoint.save(directory, Steering(config))
+    steered = None if layers == "all" else tuple(map(int, layers.split(",")))
+    configs = (read_model_config(path) for path in (target, drafter))
+    checkpoint.save(directory, Steering(SteeringConfig.for_models(*configs, rank=rank, steered_layers=steered)))
     return directory
 
 
@@ -85,35 +77,60 @@ def build(args: argparse.Namespace, adapter: Path) -> Any:
     )
 
 
-def compare(llm: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Alternate both forms on one batch size; the first round of each is thrown away."""
+def generate(llm: Any, switch: Switch, prompts: list[str], tokens: int, first: bool) -> tuple[list[float], list, list]:
+    """One greedy batch, every other engine step steered: seconds and form of each step, and the answers."""
     from vllm import SamplingParams
 
-    switch = Switch(llm)
-    sampling = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-    prompts = [f"# module {i}\n{TEXT}" for i in range(batch)]
-    speeds: dict[bool, list[float]] = {False: [], True: []}
-    answers = set()
-    for i in range(args.rounds + 1):
-        for on in (False, True) if i % 2 else (True, False):
-            switch.set(on)
-            start = time.perf_counter()
-            outputs = llm.generate(prompts, sampling, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            answers.add(tuple(tuple(o.outputs[0].token_ids) for o in outputs))
-            if i:
-                speeds[on].append(batch * args.tokens / seconds)
+    engine = llm.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"{time.monotonic_ns()}-{i}", prompt, sampling)
+    seconds, forms, answers, on = [], [], [], first
+    while engine.has_unfinished_requests():
+        switch.set(on)
+        start = time.perf_counter()
+        answers += [tuple(out.outputs[0].token_ids) for out in engine.step() if out.finished]
+        seconds.append(time.perf_counter() - start)
+        forms.append(on)
+        on = not on
     switch.set(True)
-    assert len(answers) == 1, "zero steering changed the output"
-    ratios = [steered / stock for stock, steered in zip(speeds[False], speeds[True], strict=True)]
+    return seconds, forms, sorted(answers)
+
+
+def compare(llm: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Pairs of rounds that differ in which steps are steered; the first pair is thrown away, and so is each prefill."""
+    switch = Switch(llm)
+    prompts = [f"# module {i}\n{TEXT}" for i in range(batch)]
+    pairs: list[tuple[float, float]] = []  # stock and steered seconds of the same step
+    tokens, known = 0, None
+    for i in range(args.rounds + 1):
+        (one, first, answer), (two, second, again) = (
+            generate(llm, switch, prompts, args.tokens, on) for on in (False, True)
+        )
+        known = known or answer
+        assert answer == again == known, "zero steering changed the output"
+        assert [not on for on in first] == second, "zero steering changed the number of steps"
+        if i:
+            pairs += [(b, a) if on else (a, b) for a, b, on in zip(one[1:], two[1:], first[1:], strict=True)]
+            tokens += batch * (args.tokens - 1)
+    stock, steered = map(sum, zip(*pairs, strict=True))
+    rng = random.Random(0)
+    draws = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
     return {
         "batch": batch,
-        "stock_tokens_per_s": round(statistics.median(speeds[False]), 3),
-        "steered_tokens_per_s": round(statistics.median(speeds[True]), 3),
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
-        "rounds": args.rounds,
+        "stock_tokens_per_s": round(tokens / stock, 3),
+        "steered_tokens_per_s": round(tokens / steered, 3),
+        "ratio": round(stock / steered, 4),
+        "interval_95": [round(draws[50], 4), round(draws[-51], 4)],
+        "steps": len(pairs),
+        "extra_ms_per_step": round(1e3 * (steered - stock) / len(pairs), 2),
     }
+
+
+def ratio(pairs: list[tuple[float, float]]) -> float:
+    """Speed of the steered steps over that of the stock ones."""
+    stock, steered = map(sum, zip(*pairs, strict=True))
+    return stock / steered
 
 
 def main() -> None:
@@ -125,7 +142,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--k", type=int, default=5, help="draft length")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per request")
-    parser.add_argument("--rounds", type=int, default=6, help="timed runs of each form and batch size")
+    parser.add_argument("--rounds", type=int, default=6, help="timed pairs of answers per batch size")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -141,7 +158,8 @@ def main() -> None:
             print(
                 f"batch {batch}: stock {r['stock_tokens_per_s']:.2f} tokens/s, steered "
                 f"{r['steered_tokens_per_s']:.2f}, ratio {r['ratio']:.3f} "
-                f"[{r['ratio_range'][0]:.3f}, {r['ratio_range'][1]:.3f}] over {r['rounds']} rounds",
+                f"[{r['interval_95'][0]:.3f}, {r['interval_95'][1]:.3f}] over {r['steps']} steps, "
+                f"{r['extra_ms_per_step']:+.1f} ms a step",
                 flush=True,
             )
     if args.json:

@@ -98,20 +98,12 @@ def find_pair(name: str, scratch: Path) -> Pair:
 
 def zero_adapter(root: Path, scratch: Path) -> Path:
     """An untrained steering for the pair in `root`: every delta is zero."""
-    from transformers import AutoConfig
-
     from vllm_steer import checkpoint
-    from vllm_steer.config import SteeringConfig, default_target_layers, drafter_shape, target_shape
+    from vllm_steer.config import SteeringConfig, read_model_config
     from vllm_steer.steering import Steering
 
-    target, drafter = (AutoConfig.from_pretrained(root / part) for part in ("target", "drafter"))
-    settings = SteeringConfig(
-        target=target_shape("target", target),
-        drafter=drafter_shape("drafter", drafter),
-        target_layer_ids=default_target_layers(target.num_hidden_layers),
-        steered_layers=tuple(range(drafter.num_hidden_layers)),
-        rank=ZERO_RANK,
-    )
+    configs = (read_model_config(root / part) for part in ("target", "drafter"))
+    settings = SteeringConfig.for_models(*configs, rank=ZERO_RANK)
     print(f"writing a zero steering of rank {ZERO_RANK} ...", flush=True)
     checkpoint.save(scratch / "zero", Steering(settings))
     return scratch / "zero"

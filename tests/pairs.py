@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig, default_target_layers, drafter_shape, target_shape
+from vllm_steer.config import SteeringConfig
 from vllm_steer.steering import Steering
 
 HEAD_DIM = 32
@@ -109,15 +109,8 @@ def random_steering(
     target: Any, drafter: Any, rank: int | None = None, seed: int = 0, delta_std: float = 0.4, **keys: Any
 ) -> Steering:
     """A Steering for two transformers configs whose deltas have about `delta_std`; nothing in it is trivial."""
-    config = SteeringConfig(
-        target=target_shape("tiny-target", target),
-        drafter=drafter_shape("tiny-drafter", drafter),
-        target_layer_ids=keys.pop("target_layer_ids", default_target_layers(target.num_hidden_layers)),
-        steered_layers=keys.pop("steered_layers", tuple(range(drafter.num_hidden_layers))),
-        rank=rank,
-        **keys,
-    )
-    steering = Steering(config)
+    names = ("tiny-target", "tiny-drafter")
+    steering = Steering(SteeringConfig.for_models(target, drafter, names, rank=rank, **keys))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in (steering.fuse.weight, steering.fuse.bias, steering.norm.weight, steering.norm.bias):

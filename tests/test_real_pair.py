@@ -6,14 +6,15 @@ Wants the directories of examples/qwen_pair/assemble.py, or STEER_QWEN_PAIR with
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from engines import Runner
+from transformers import AutoTokenizer
 
 from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig, default_target_layers, drafter_shape, target_shape
+from vllm_steer.config import SteeringConfig, read_model_config
 from vllm_steer.steering import Steering
 
 pytestmark = pytest.mark.real_pair
@@ -26,20 +27,23 @@ TEXTS = ("def merge_sorted(a: list[int], b: list[int]) -> list[int]:\n", "import
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target, drafter = (AutoConfig.from_pretrained(PAIR / part) for part in ("target", "drafter"))
-    layers = default_target_layers(target.num_hidden_layers)
-    shapes = target_shape("target", target), drafter_shape("drafter", drafter)
-    steering = Steering(SteeringConfig(*shapes, layers, tuple(range(drafter.num_hidden_layers)), rank=64))
+    configs = (read_model_config(PAIR / part) for part in ("target", "drafter"))
+    steering = Steering(SteeringConfig.for_models(*configs, rank=64))
     checkpoint.save(path := tmp_path_factory.mktemp("zero"), steering)
     return path
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_zero_steering_drafts_like_stock(adapter: Path, runner: str, runners: Any) -> None:
+def test_zero_steering_drafts_like_stock(adapter: Path, runner: str) -> None:
+    with closing(Runner(runner)) as engines:  # of its own: two that hold this pair do not fit into 16 GB
+        check(adapter, runner, engines)
+
+
+def check(adapter: Path, runner: str, engines: Runner) -> None:
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
     prompts = [tokenizer.encode(text) for text in TEXTS]
     spec = {"model": str(PAIR / "drafter"), "num_speculative_tokens": K}
-    run = lambda **keys: runners(runner).generate(  # noqa: E731
+    run = lambda **keys: engines.generate(  # noqa: E731
         PAIR / "target", spec, prompts, max_tokens=NEW[runner], gpu_memory_utilization=0.6, **keys
     )
     stock = run()

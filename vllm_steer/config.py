@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ class SteeringConfig:
     def projection_size(self) -> int:
         """L * F: width of the projection's output."""
         return self.num_steered * self.drafter.intermediate_size
+
+    @classmethod
+    def for_models(
+        cls, target: Any, drafter: Any, names: tuple[str, str] = ("target", "drafter"), **options: Any
+    ) -> SteeringConfig:
+        """For two transformers configs; an option left out or None is three spread target layers, every drafter layer.
+
+        Raises SteeringError for models without the sizes steering needs, or options that do not fit them.
+        """
+        shapes = target_shape(names[0], target), drafter_shape(names[1], drafter)
+        given = {key: value for key, value in options.items() if value is not None}
+        if "target_layer_ids" not in given:
+            given["target_layer_ids"] = default_target_layers(shapes[0].num_hidden_layers)
+        return cls(*shapes, **({"steered_layers": tuple(range(shapes[1].num_hidden_layers))} | given))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; `from_dict` is its inverse."""
@@ -205,6 +220,18 @@ def _compare(role: str, wanted: TargetShape | DrafterShape, found: TargetShape |
                 f"this {role} has {key}={have}, the steering was trained for {key}={want} "
                 f"({role} {wanted.name!r}): serve it with that {role}, or train a steering for this one"
             )
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    """Raises SteeringError naming an option that is below what is allowed."""
+    if value < least:
+        raise SteeringError(f"{name} is {value}, allowed is {least} or more")
+
+
+def require_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises SteeringError naming an option that is not among those allowed."""
+    if value not in allowed:
+        raise SteeringError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
 
 
 def _require_positive_int(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ Families whose gate and up are one matrix (`gate_up_proj`, gate first) get it on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,10 +34,10 @@ class SteeredProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
-        deltas = self._injector[0].deltas
-        if deltas is None:
+        delta = self._injector[0].delta(self.slot)
+        if delta is None:
             return y
-        delta = deltas[..., self.slot, :].to(y.dtype)
+        delta = delta.to(y.dtype)
         if not self.fused:
             return y + delta
         gate, up = y.chunk(2, dim=-1)
@@ -48,7 +48,7 @@ class Injector:
     """The handle `attach` returns: holds the deltas in force and can take the wrappers off again."""
 
     def __init__(self, model: nn.Module, steered_layers: tuple[int, ...]):
-        self.deltas: Tensor | None = None  # [B or 1, T or 1, L, F]
+        self.deltas: Tensor | Callable[[int], Tensor] | None = None  # [B or 1, T or 1, L, F], or slot -> [B, T, F]
         self.model = model
         self._parents: list[tuple[nn.Module, str]] = []
         mlps = [_mlp(layer) for layer in decoder_layers(model)]
@@ -67,10 +67,20 @@ class Injector:
             setattr(mlp, name, SteeredProjection(inner, self, slot, fused=name == "gate_up_proj"))
             self._parents.append((mlp, name))
 
+    def delta(self, slot: int) -> Tensor | None:
+        """The delta in force for one steered layer, [B or 1, T or 1, F]; None while unsteered."""
+        return (
+            self.deltas(slot) if callable(self.deltas) else None if self.deltas is None else self.deltas[..., slot, :]
+        )
+
     @contextmanager
-    def using(self, deltas: Tensor | None) -> Iterator[None]:
-        """Run the drafter under `deltas` [B, T, L, F] (sizes 1 broadcast); None means unsteered."""
-        assert deltas is None or deltas.shape[-2] == len(self._parents), "deltas are for other layers"
+    def using(self, deltas: Tensor | Callable[[int], Tensor] | None) -> Iterator[None]:
+        """Run the drafter under `deltas` [B, T, L, F] (sizes 1 broadcast); None means unsteered.
+
+        A function slot -> [B, T, F] is asked layer by layer: all layers at once are L * F numbers a token, in training
+        as many as a vocabulary.
+        """
+        assert not isinstance(deltas, Tensor) or deltas.shape[-2] == len(self._parents), "deltas are for other layers"
         before, self.deltas = self.deltas, deltas
         try:
             yield

@@ -66,6 +66,16 @@ class Steering(nn.Module):
         """[..., H] guides -> [..., L, F] deltas, in the order of `config.steered_layers`."""
         return self.project(self.norm(guide)).unflatten(-1, (self.config.num_steered, -1))
 
+    def compress(self, guide: Tensor) -> Tensor:
+        """[..., H] guides -> [..., H], or [..., r] at low rank: all that is left is one matrix per layer."""
+        x = self.norm(guide)
+        return x if self.config.rank is None else self.project.down(x)
+
+    def delta(self, compressed: Tensor, slot: int) -> Tensor:
+        """`compress`ed guides -> [..., F], the delta of the slot-th steered layer: deltas(g)[..., slot, :]."""
+        width = self.config.drafter.intermediate_size
+        return nn.functional.linear(compressed, self.output.weight[slot * width : (slot + 1) * width])
+
     def forward(self, states: Tensor) -> Tensor:
         """[..., 3H] -> [..., L, F]."""
         return self.deltas(self.guide(states))
