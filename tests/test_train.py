@@ -6,18 +6,30 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from pairs import Size, tiny_config
+from pairs import Size, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from vllm_steer import checkpoint, losses, train
-from vllm_steer.config import SteeringConfig, SteeringError, drafter_shape, target_shape
+from vllm_steer.config import SteeringConfig, SteeringError
 from vllm_steer.data import Row, collate, read_rows, split_rows
-from vllm_steer.pair import Pair, measure_directory, offset_deltas, response_mask
+from vllm_steer.pair import (
+    Head,
+    Pair,
+    fixed_sources,
+    guide_sources,
+    lazy_deltas,
+    measure_directory,
+    response_mask,
+)
 from vllm_steer.steering import Steering
 from vllm_steer.train import TrainConfig
 
@@ -55,15 +67,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, output: Path, **changes) -> TrainConfig:
     base = dict(steps=2, batch_size=4, lr=1e-2, drafter_lr=1e-2, k=3, target_layers=(0, 1, 2))
-    base |= dict(target=str(folder / "target"), drafter=str(folder / "drafter"), data=str(folder / "data.jsonl"))
+    base |= dict(target=str(folder / "target"), drafter=str(folder / "drafter"), data=(str(folder / "data.jsonl"),))
     return TrainConfig(output=str(output), **(base | changes))
 
 
 def toy_steering(folder: Path, layers: tuple[int, ...] = (0, 1)) -> Steering:
     """Random weights everywhere, so that every state shows in every delta."""
-    shapes = [AutoModelForCausalLM.from_pretrained(folder / name).config for name in ("target", "drafter")]
-    config = SteeringConfig(target_shape("t", shapes[0]), drafter_shape("d", shapes[1]), (0, 1, 2), layers)
-    steering = Steering(config)
+    configs = [AutoModelForCausalLM.from_pretrained(folder / name).config for name in ("target", "drafter")]
+    steering = Steering(SteeringConfig.for_models(*configs, target_layer_ids=(0, 1, 2), steered_layers=layers))
     torch.nn.init.normal_(steering.project.weight)
     return steering
 
@@ -85,6 +96,8 @@ def test_losses_match_float64_on_a_padded_vocabulary(dtype: torch.dtype) -> None
         losses.reverse_kl: (q * (q / p).log()).sum(-1),
         losses.total_variation: (p - q).abs().sum(-1) / 2,
         losses.overlap: torch.minimum(p, q).sum(-1),
+        losses.rejection: -torch.minimum(p, q).sum(-1).log(),
+        losses.jensen_shannon: ((p * (2 * p / (p + q)).log()).sum(-1) + (q * (2 * q / (p + q)).log()).sum(-1)) / 2,
         losses.agreement: (p.argmax(-1) == q.argmax(-1)).double(),
     }
     for function, value in expected.items():
@@ -100,6 +113,47 @@ def test_a_distribution_is_at_distance_zero_from_itself() -> None:
     assert losses.agreement(logits, logits).eq(1).all()
 
 
+@pytest.mark.parametrize("name", list(losses.LOSSES))
+def test_a_loss_in_chunks_has_the_value_and_gradient_of_one_in_float64(name: str, monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    final, hidden, big, small = draw(23, 6), draw(23, 5), draw(6, 11), draw(5, 13)
+    widest = []
+
+    def head(matrix: Tensor, x: Tensor) -> Tensor:
+        widest.append(x.shape[0] * matrix.shape[1])
+        return x @ matrix
+
+    def total(dtype: torch.dtype, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        f, h, b, s = (x.to(dtype).requires_grad_() for x in (final, hidden, big, small))
+        heads = (lambda x: head(b, x)), (lambda x: head(s, x))
+        (value,) = losses.summed([losses.LOSSES[name]], *heads, f, h, 13)
+        value.backward()
+        assert b.grad is None, "the target does not train"
+        return value.detach(), h.grad, s.grad
+
+    monkeypatch.setattr(losses, "_log_probs", lambda p, q: (p[..., :11].log_softmax(-1), q[..., :11].log_softmax(-1)))
+    expected = total(torch.float64, 10**6)
+    monkeypatch.undo()
+    widest.clear()
+    found = total(torch.float32, 4 * 13)
+    assert max(widest) <= 4 * 13, "no more logits at a time than a chunk holds"
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_a_head_ends_like_its_own_model(family: str) -> None:
+    """Granite scales its logits and Gemma 2 caps them, after the linear layer."""
+    model = tiny_model(family)
+    ids = torch.randint(1, 40, (1, 9))
+    with torch.no_grad():
+        hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(Head(model)(hidden[0]), model(ids, use_cache=False).logits[0])
+        model(ids)  # the decoder is back
+
+
 # --- which state steers which position ----------------------------------------------------------------------
 
 
@@ -107,8 +161,13 @@ def test_a_distribution_is_at_distance_zero_from_itself() -> None:
 def test_a_delta_depends_on_the_state_offset_positions_back_and_on_no_other(folder: Path, offset: int) -> None:
     steering, prompts = toy_steering(folder), torch.tensor([4, 0])
     states = torch.randn(2, 12, 3 * 64)
+
+    def deltas(states: Tensor) -> Tensor:
+        lazy = lazy_deltas(steering, states, fixed_sources(prompts, 12, offset))
+        return torch.stack([lazy(slot) for slot in (0, 1)], dim=2)
+
     with torch.no_grad():
-        before = offset_deltas(steering, states, prompts, offset)
+        before = deltas(states)
         for row, prompt in enumerate(prompts.tolist()):
             for t in range(12):
                 if t >= prompt and t >= offset:
@@ -118,30 +177,51 @@ def test_a_delta_depends_on_the_state_offset_positions_back_and_on_no_other(fold
         for s in range(12):
             other = states.clone()
             other[:, s] += 1 + torch.randn(3 * 64)
-            changed = (offset_deltas(steering, other, prompts, offset) - before).abs().amax((2, 3)) > 1e-5
+            changed = (deltas(other) - before).abs().amax((2, 3)) > 1e-5
             expected = torch.zeros(2, 12, dtype=torch.bool)
             if s + offset < 12:
                 expected[:, s + offset] = s + offset >= prompts
             assert torch.equal(changed, expected)
 
 
-def test_drafter_logits_see_a_state_from_its_position_plus_offset_on(folder: Path) -> None:
-    pair = Pair(AutoModelForCausalLM.from_pretrained(folder / "drafter"), toy_steering(folder)).eval()
+def test_the_drafter_sees_a_state_from_its_position_plus_offset_on(folder: Path) -> None:
+    target, drafter = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("target", "drafter"))
+    pair = Pair(drafter, toy_steering(folder), target).eval()
     batch = collate([Row(tuple(range(1, 13)), 4), Row(tuple(range(3, 12)), 2)])
-    states = torch.randn(2, 12, 3 * 64)
+    mask = response_mask(batch)
+    assert mask[1].tolist() == [False] * 2 + [True] * 7 + [False] * 3
+    states, source = torch.randn(2, 12, 3 * 64), fixed_sources(batch["prompt_lengths"], 12, 2)
     other = states.clone()
     other[:, 5] += torch.randn(3 * 64)
     with torch.no_grad():
-        first, second = (pair(**batch, states=s, offset=2) for s in (states, other))
-    changed = (first - second).abs().amax(-1) > 1e-6
-    assert not changed[:, :7].any() and changed[:, 7].all()
-    assert response_mask(batch)[1].tolist() == [False] * 2 + [True] * 7 + [False] * 3
+        first, second = (pair.hidden(batch | {"states": s}, source) for s in (states, other))
+    changed = torch.zeros(2, 12, dtype=torch.bool)
+    changed[mask] = (first - second).abs().amax(-1) > 1e-6
+    assert not changed[:, :7].any() and changed[0, 7:].all() and changed[1, 7:9].all()
 
 
-def test_every_offset_is_drawn_and_a_step_always_draws_the_same() -> None:
-    drawn = [train.step_offset(7, step, 4) for step in range(200)]
-    assert set(drawn) == {1, 2, 3, 4} and drawn == [train.step_offset(7, step, 4) for step in range(200)]
-    assert drawn != [train.step_offset(8, step, 4) for step in range(200)]
+@pytest.mark.parametrize("rule", ["batch", "sequence", "block"])
+def test_distances_of_every_rule(rule: str) -> None:
+    """1..k all occur; one per batch, one per row, or counting up inside blocks of k. The same seed gives the same."""
+    prompts, length, k = torch.tensor([4, 9]), 24, 4
+    draw = lambda seed: guide_sources(rule, prompts, length, k, random.Random(seed))  # noqa: E731
+    seen = set()
+    for seed in range(40):
+        source = draw(seed)
+        assert torch.equal(source, draw(seed))
+        for row, prompt in enumerate(prompts.tolist()):
+            assert source[row, :prompt].eq(-1).all()
+            distance = (torch.arange(length) - source[row])[prompt:].tolist()
+            seen |= set(distance)
+            if rule == "block":
+                assert all(b == a % k + 1 for a, b in zip(distance, distance[1:], strict=False))
+            else:
+                assert len(set(distance)) == 1
+        if rule == "batch":
+            assert 4 - source[0, 4] == 9 - source[1, 9]
+    assert seen == {1, 2, 3, 4}
+    if rule == "sequence":
+        assert any(4 - draw(seed)[0, 4] != 9 - draw(seed)[1, 9] for seed in range(9))
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -164,7 +244,7 @@ def test_a_mode_changes_what_it_names_and_nothing_else(folder: Path, tmp_path: P
     assert (tmp_path / "out" / "model.safetensors").exists() == (mode != "steer")
     assert not (tmp_path / "out" / "checkpoints").exists()
     if mode == "steer":
-        assert [p.name for p in (tmp_path / "out").iterdir()] == ["steering"]
+        assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["acceptance.json", "steering", "training.png"]
     else:  # loads as an ordinary model, under its own parameter names
         assert weights(tmp_path / "out").keys() == plain.keys()
         AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -228,11 +308,91 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder: Path, tmp_pa
     assert torch.equal(checkpoint.load(tmp_path / "whole")(states), checkpoint.load(tmp_path / "parts")(states))
 
 
+def same_weights(one: Path, other: Path, **tolerance: float) -> None:
+    a, b = weights(one), weights(other)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance)
+    states = torch.randn(4, 3 * 64)
+    torch.testing.assert_close(checkpoint.load(one)(states), checkpoint.load(other)(states), **tolerance)
+
+
+def test_accumulated_and_checkpointed_steps_are_ordinary_steps(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """One offset for all rows, so that two halves of a batch make the same gradient as the whole."""
+    monkeypatch.setattr(train, "guide_sources", lambda rule, prompts, length, *_: fixed_sources(prompts, length, 2))
+    run = dict(steps=3, lr=1e-3, drafter_lr=1e-3)
+    train.train(options(folder, tmp_path / "whole", **run))
+    train.train(options(folder, tmp_path / "halves", **run, batch_size=2, accumulate=2))
+    train.train(options(folder, tmp_path / "again", **run, gradient_checkpointing=True))
+    same_weights(tmp_path / "whole", tmp_path / "halves", atol=2e-4, rtol=1e-3)
+    same_weights(tmp_path / "whole", tmp_path / "again", atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, keep: str, monkeypatch) -> None:
+    """Evaluations that say step 2 of 4 was best."""
+    efficiency = iter([1.0, 3.0, 2.0, 2.0, 2.0])
+
+    def judged(*_: object) -> dict:
+        value = next(efficiency)
+        return {"overlap": [value], "greedy": [value], "block_efficiency": {"sampled": value, "greedy": value}}
+
+    seen, saved = {}, train._save
+    monkeypatch.setattr(train, "_judge", judged)
+    monkeypatch.setattr(train, "_save", lambda c, pair, *r: (seen.update(pair.state_dict()), saved(c, pair, *r)))
+    snapshots = {}
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: object, **keys: object) -> object:
+        out = step(self, *args, **keys)
+        snapshots[len(snapshots) + 1] = [p.detach().clone() for g in self.param_groups for p in g["params"]]
+        return out
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train.train(options(folder, tmp_path / "out", mode="steer", steps=4, save_every=2, keep=keep))
+    expected = snapshots[2 if keep == "best" else 4]
+    assert len(seen) == len(expected)
+    for found, want in zip(sorted(seen.values(), key=str), sorted(expected, key=str), strict=True):
+        assert torch.equal(found, want)
+
+
+def test_several_processes_train_one_model(folder: Path, tmp_path: Path) -> None:
+    """torchrun with two: each has half the rows of a step, one writes, the weights are those of one process."""
+    common = [f"--{name}={folder / name}" for name in ("target", "drafter")]
+    common += [f"--data={folder / 'data.jsonl'}", "--steps=3", "--k=1", "--target-layers", "0", "1", "2"]
+    common += ["--lr=1e-3", "--drafter-lr=1e-3", f"--cache={tmp_path / 'cache'}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vllm_steer.cli"]
+    for how, size, name in (([*launch], 2, "two"), (["-m", "vllm_steer.cli"], 4, "one")):
+        words = [sys.executable, *how, "train", *common, f"--batch-size={size}", f"--output={tmp_path / name}"]
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("wrote ") == 1
+    same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_ray_workers_train_one_model(folder: Path, tmp_path: Path) -> None:
+    """Ray Train on a local cluster: the weights of one process with a batch twice the size."""
+    pytest.importorskip("ray.train")
+    common = dict(steps=3, k=1, lr=1e-3, drafter_lr=1e-3)
+    words = [sys.executable, "-m", "vllm_steer.cli", "train", "--ray", "--workers=2", "--batch-size=2"]
+    words += [f"--{name}={folder / name}" for name in ("target", "drafter")]
+    words += [f"--data={folder / 'data.jsonl'}", f"--output={tmp_path / 'ray'}", "--target-layers", "0", "1", "2"]
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "overlap" in done.stdout and not (tmp_path / "ray" / "checkpoints").exists()
+    train.train(options(folder, tmp_path / "one", **common))
+    same_weights(tmp_path / "one", tmp_path / "ray", atol=2e-4, rtol=1e-3)
+
+
 def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, capsys) -> None:
     given = dict(mode="steer", loss="tvd", steps=1, batch_size=2, lr=0.5, drafter_lr=0.1, k=2, rank=4)
     given |= dict(target_layers=(0, 1, 2), steered_layers=(1,), max_length=12, precision="bfloat16", seed=3)
-    given |= dict(save_every=7)
-    words = [f"--{name}={folder / name}" for name in ("target", "drafter")]
+    given |= dict(save_every=7, offsets="block", accumulate=2, keep="last", cache=str(tmp_path / "cache"))
+    given |= dict(report_to=("tensorboard",))
+    words = ["--gradient-checkpointing", *(f"--{name}={folder / name}" for name in ("target", "drafter"))]
     words += [f"--data={folder / 'data.jsonl'}", f"--output={tmp_path / 'out'}"]
     for name, value in given.items():
         value = value if isinstance(value, tuple) else (value,)
@@ -240,13 +400,15 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     args = parser.parse_args(words)
-    assert not args.resume and set(vars(args)) == {f.name for f in dataclasses.fields(TrainConfig)}
+    assert not args.resume and not args.ray and set(vars(args)) == {f.name for f in dataclasses.fields(TrainConfig)}
     train.run(args)
     assert "overlap" in capsys.readouterr().out
     config = checkpoint.load(tmp_path / "out").config
     assert (config.rank, config.steered_layers, config.target_layer_ids, config.draft_length) == (4, (1,), (0, 1, 2), 2)
     assert config.acceptance["trained"]["positions"] == 12 - 6
-    for word in ("--loss tvd", "--lr 0.5", "--seed 3", "--precision bfloat16", "--save-every 7", "--drafter-lr 0.1"):
+    words = "--loss tvd,--lr 0.5,--seed 3,--precision bfloat16,--save-every 7,--drafter-lr 0.1,--offsets block"
+    words += ",--accumulate 2,--keep last,--cache cache,--gradient-checkpointing,--report-to tensorboard"
+    for word in words.split(","):
         assert word in config.provenance["command"]
 
 
@@ -297,7 +459,7 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2"}\n' + line + "\n")
     with pytest.raises(SteeringError, match=complaint):
-        train.train(options(folder, tmp_path / "out", data=str(data)))
+        train.train(options(folder, tmp_path / "out", data=(str(data),)))
     assert not (tmp_path / "out").exists()
 
 
@@ -310,7 +472,11 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
         ({"mode": "both"}, "--mode is 'both', allowed are steer"),
         ({"loss": "mse"}, "--loss"),
         ({"max_length": 6}, "raise --max-length"),
-        ({"data": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
+        ({"data": ("nowhere.jsonl",)}, "cannot read nowhere.jsonl"),
+        ({"offsets": "often"}, "--offsets is 'often', allowed are batch, sequence, block"),
+        ({"accumulate": 0}, "--accumulate is 0"),
+        ({"keep": "first"}, "--keep is 'first'"),
+        ({"workers": 2}, "--workers 2 needs --ray"),
         ({"target_layers": (0, 1, 3)}, "target_layer_ids"),
         ({"steered_layers": (2,)}, "steered_layers"),
         ({"drafter": "./no/such/directory"}, "cannot load"),
@@ -337,7 +503,7 @@ def test_an_output_that_exists_is_kept(folder: Path, tmp_path: Path) -> None:
 
 def test_several_devices_are_refused(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(SteeringError, match="one device"):
+    with pytest.raises(SteeringError, match="2 GPUs in one process: start `torchrun"):
         train.train(options(folder, tmp_path / "out"))
 
 
@@ -346,6 +512,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, m
     with pytest.raises(SteeringError, match="the loss is nan at step 0"):
         train.train(options(folder, tmp_path / "out"))
     assert not checkpoint.has_steering(tmp_path / "out")
+    batch = json.loads((tmp_path / "out" / "failed-batch.json").read_text())
+    assert batch["step"] == 0 and len(batch["input_ids"]) == 4 and batch["prompt_lengths"] == [6] * 4
 
 
 # --- examples/tiny_pair -------------------------------------------------------------------------------------
@@ -370,9 +538,9 @@ def test_tiny_pair_is_small_and_its_training_shows(tmp_path: Path) -> None:
     pair = ROOT / "examples/tiny_pair"
     assert sum(path.stat().st_size for path in pair.rglob("*") if path.is_file()) < 12e6
     prompts = [json.loads(line)["prompt"] for line in (pair / "heldout.jsonl").read_text().splitlines()]
-    assert len(prompts) == 48
+    assert len(prompts) == 384
     data = tmp_path / "text.jsonl"
-    data.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+    data.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts[:48]))
     mean = {}
     for name in ("drafter", "adapter", "distilled", "steered"):
         base = pair / ("drafter" if name == "adapter" else name)

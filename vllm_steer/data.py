@@ -1,6 +1,6 @@
 """Training data: rows of a JSONL file as token ids with a known prompt length, padded into batches.
 
-A line is one of
+A line is one of (other keys, such as `generate` writes, are left alone)
     {"prompt": TEXT or chat messages, "response": TEXT}     messages go through the tokenizer's chat template
     {"text": TEXT}                                          no prompt: every token is a response
     {"prompt_ids": [...], "response_ids": [...]}            token ids, taken as they are
@@ -79,6 +79,12 @@ def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return rows[:-held], rows[-held:]
 
 
+def without_prompts(rows: list[Row], others: list[Row]) -> list[Row]:
+    """The rows whose prompt is no prompt of `others`."""
+    taken = {row.ids[: row.prompt_length] for row in others if row.prompt_length}
+    return [row for row in rows if row.ids[: row.prompt_length] not in taken]
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
@@ -90,7 +96,7 @@ def _parse(line: str, where: str, tokenizer: Any) -> Row:
         raw = json.loads(line)
     except json.JSONDecodeError as error:
         raise SteeringError(f"{where}: not valid JSON ({error}); a line is {ALLOWED}") from None
-    if not isinstance(raw, dict) or set(raw) not in FORMS:
+    if not isinstance(raw, dict) or sum(form <= set(raw) for form in FORMS) != 1:
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise SteeringError(f"{where}: found {found}; a line is {ALLOWED}")
     if "text" in raw:

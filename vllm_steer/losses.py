@@ -7,10 +7,14 @@ cut to the smaller size and normalised over that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2**25  # logits held at a time by `summed`: 128 MiB in float32
 
 
 def forward_kl(target: Tensor, drafter: Tensor) -> Tensor:
@@ -25,6 +29,13 @@ def reverse_kl(target: Tensor, drafter: Tensor) -> Tensor:
     return (q.exp() * (q - p)).sum(-1)
 
 
+def jensen_shannon(target: Tensor, drafter: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m) in nats, m = beta p + (1 - beta) q (DistillSpec, arXiv 2310.08461)."""
+    p, q = _log_probs(target, drafter)
+    m = torch.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    return (beta * p.exp() * (p - m) + (1 - beta) * q.exp() * (q - m)).sum(-1)
+
+
 def total_variation(target: Tensor, drafter: Tensor) -> Tensor:
     """Half the L1 distance, 0 to 1: the probability that a draft sampled at temperature 1 is rejected."""
     p, q = _log_probs(target, drafter)
@@ -36,17 +47,53 @@ def overlap(target: Tensor, drafter: Tensor) -> Tensor:
     return 1 - total_variation(target, drafter)
 
 
+def rejection(target: Tensor, drafter: Tensor) -> Tensor:
+    """-log sum min(p, q): the log-likelihood of acceptance itself (arXiv 2602.23881)."""
+    p, q = _log_probs(target, drafter)
+    return -torch.logsumexp(torch.minimum(p, q), dim=-1)
+
+
 def agreement(target: Tensor, drafter: Tensor) -> Tensor:
     """1 where both would choose the same token greedily, else 0."""
     size = min(target.shape[-1], drafter.shape[-1])
     return (target[..., :size].argmax(-1) == drafter[..., :size].argmax(-1)).float()
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Distance = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[str, Distance] = {
     "kl": forward_kl,
     "reverse-kl": reverse_kl,
+    "jsd": jensen_shannon,
     "tvd": total_variation,
+    "overlap": rejection,
 }
+
+
+def summed(
+    functions: Sequence[Distance],
+    target_head: Callable[[Tensor], Tensor],
+    drafter_head: Callable[[Tensor], Tensor],
+    target: Tensor,
+    drafter: Tensor,
+    vocab_size: int,
+) -> Tensor:
+    """Sums over N positions of each function, from last hidden states [N, H1] and [N, H2]: [len(functions)] float32.
+
+    Logits exist for CHUNK / vocab_size positions at a time and are computed again for the gradient, so memory grows
+    with neither vocabulary x positions nor N.
+    """
+
+    def part(wanted: Tensor, hidden: Tensor) -> Tensor:
+        logits = target_head(wanted).detach(), drafter_head(hidden)
+        return torch.stack([function(*logits).sum() for function in functions])
+
+    rows = max(1, CHUNK // vocab_size)
+    if drafter.shape[0] <= rows:
+        return part(target, drafter)
+    total = torch.zeros(len(functions), device=drafter.device)
+    for pieces in zip(target.split(rows), drafter.split(rows), strict=True):
+        total = total + checkpoint(part, *pieces, use_reentrant=False)
+    return total
 
 
 def _log_probs(target: Tensor, drafter: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,108 +1,224 @@
 """A drafter and its steering as one module, run and measured against the target, teacher forced.
 
-The input at position t is steered with the guide at t - d, one offset d for the whole batch: when serving, the newest
-token sits one position after the state that produced it, and the drafts after it 2..k positions. Prompt positions are
-not steered.
+The input at position t is steered with the guide at t - d: when serving, the newest token sits one position after the
+state that produced it, and the drafts after it 2..k positions. Prompt positions are not steered.
+
+Shape legend: B rows, T tokens, N response positions of a batch, H target hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_steer import checkpoint
 from vllm_steer.config import SteeringError, default_target_layers
-from vllm_steer.data import Row, collate, read_rows
-from vllm_steer.drafter import attach
-from vllm_steer.losses import agreement, overlap
+from vllm_steer.data import collate, read_rows
+from vllm_steer.drafter import attach, decoder_layers
+from vllm_steer.losses import Distance, agreement, overlap, summed
 from vllm_steer.steering import Steering
+
+OFFSET_RULES = {
+    "batch": "one distance d in 1..k for the whole batch",
+    "sequence": "one d per row",
+    "block": "blocks of k from a random start, one guide each, as when serving",
+}
+
+
+class Head:
+    """The end of a causal LM: last hidden states [N, H] -> logits [N, V], as its own forward computes them.
+
+    It is the model's forward around a decoder that returns what it is given, so scaling and soft caps are in it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        name = self.model.base_model_prefix
+        decoder = getattr(self.model, name)
+        setattr(self.model, name, _Given(hidden[None].to(self.model.dtype)))
+        try:
+            return self.model(input_ids=None, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, name, decoder)
+
+
+class _Given(nn.Module):
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
 
 
 class Pair(nn.Module):
-    """A drafter and its steering as one trainable module; `steering` is None when only the drafter trains."""
+    """A drafter and its steering as one trainable module; `steering` is None when only the drafter trains.
 
-    def __init__(self, drafter: nn.Module, steering: Steering | None):
+    Args:
+        target: gives the logits to compare with from its last hidden states; frozen, not a part of this module.
+        first_layer: m > 0: the drafter's first m layers are cut off, it reads the input of layer m (`trunk`).
+    """
+
+    def __init__(self, drafter: nn.Module, steering: Steering | None, target: nn.Module, first_layer: int = 0):
         super().__init__()
         self.drafter = drafter
         self.steering = steering
-        self._injector = [attach(drafter, steering.config.steered_layers)] if steering is not None else []
+        self.first_layer = first_layer
+        self.loss: Distance = overlap
+        self._target_head = [Head(target)]  # in a list: not a submodule
+        self._cut = decoder_layers(drafter)[:first_layer]
+        if first_layer:
+            drafter.get_decoder().layers = decoder_layers(drafter)[first_layer:]
+        slots = [] if steering is None else [i - first_layer for i in steering.config.steered_layers]
+        self._injector = [attach(drafter, tuple(slots))] if slots else []
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, states: Tensor, prompt_lengths: Tensor, offset: int
-    ) -> Tensor:
-        """Drafter logits [B, T, V] for ids [B, T] under states [B, T, 3H], guides taken `offset` positions back."""
-        context = nullcontext()
-        if self.steering is not None:
-            context = self._injector[0].using(offset_deltas(self.steering, states, prompt_lengths, offset))
-        with context:
-            return self.drafter(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    def hidden(self, batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
+        """The drafter's last hidden states [N, H2] at response positions, each steered from the state at `source`."""
+        if self._injector:
+            # Left in force after the forward: gradient checkpointing runs the layers again in the backward pass.
+            self._injector[0].deltas = None if source is None else lazy_deltas(self.steering, batch["states"], source)
+        given = (
+            {"inputs_embeds": batch["trunk"].to(self.drafter.dtype)}
+            if self.first_layer
+            else {"input_ids": batch["input_ids"]}
+        )
+        out = self.drafter.get_decoder()(**given, attention_mask=batch["attention_mask"], use_cache=False)
+        return out.last_hidden_state[response_mask(batch)]
+
+    def compare(self, functions: Sequence[Distance], batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
+        """Sums over the N response positions of each function of (target logits, drafter logits)."""
+        final = batch["final"][response_mask(batch)]
+        heads = self._target_head[0], Head(self.drafter)
+        return summed(functions, *heads, final, self.hidden(batch, source), self.drafter.config.vocab_size)
+
+    def forward(self, source: Tensor, **batch: Tensor) -> Tensor:
+        """The mean of `self.loss` over response positions, a scalar."""
+        return self.compare([self.loss], batch, source)[0] / response_mask(batch).sum()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What trains and nothing else: a resumable checkpoint need not carry frozen weights or tied copies."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in trained}
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse: frozen weights are not missed."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+        assert not strict or not (found.missing_keys or found.unexpected_keys), found
+        return found
+
     def detach(self) -> None:
-        """Take the wrappers off the drafter, so that it saves under its own names."""
+        """Take the wrappers off the drafter and give it its first layers back, so that it saves as it came."""
         for injector in self._injector:
             injector.detach()
+        if self.first_layer:
+            self.drafter.get_decoder().layers = nn.ModuleList([*self._cut, *decoder_layers(self.drafter)])
 
 
-def offset_deltas(steering: Steering, states: Tensor, prompt_lengths: Tensor, offset: int) -> Tensor:
-    """Deltas [B, T, L, F]: position t from the states at t - offset, zero in the prompt and where t < offset.
+def guide_sources(rule: str, prompt_lengths: Tensor, length: int, k: int, rng: random.Random) -> Tensor:
+    """Which target state steers each position: int64 [B, T], -1 for none (the prompt, or before the first state)."""
+    position = torch.arange(length, device=prompt_lengths.device)
+    rows = len(prompt_lengths)
+    if rule == "block":
+        phase = torch.tensor([rng.randrange(k) for _ in range(rows)], device=position.device)
+        into = (position - prompt_lengths[:, None] + phase[:, None]) % k  # how far into its block
+        distance = into + 1
+    else:
+        count = 1 if rule == "batch" else rows
+        distance = torch.tensor([rng.randint(1, k) for _ in range(count)], device=position.device)[:, None]
+    return _sources(position, distance, prompt_lengths)
 
-    Args:
-        states: target states [B, T, 3H]. prompt_lengths: int64 [B]. offset: d, 1 or more.
-    """
-    length = states.shape[1]
-    guides = nn.functional.pad(steering.guide(states), (0, 0, offset, 0))[:, :length]
-    position = torch.arange(length, device=states.device)
-    steered = (position >= prompt_lengths[:, None]) & (position >= offset)
-    return steering.deltas(guides) * steered[..., None, None]
+
+def fixed_sources(prompt_lengths: Tensor, length: int, distance: int) -> Tensor:
+    """`guide_sources` with every state `distance` positions back."""
+    position = torch.arange(length, device=prompt_lengths.device)
+    return _sources(position, torch.full_like(prompt_lengths[:, None], distance), prompt_lengths)
+
+
+def _sources(position: Tensor, distance: Tensor, prompt_lengths: Tensor) -> Tensor:
+    source = position - distance
+    return torch.where((position >= prompt_lengths[:, None]) & (source >= 0), source, -1)
+
+
+def lazy_deltas(steering: Steering, states: Tensor, source: Tensor) -> Callable[[int], Tensor]:
+    """slot -> deltas [B, T, F] of one steered layer, from states [B, T, 3H]; zero where `source` [B, T] is -1."""
+    guide = steering.compress(steering.guide(states.to(steering.fuse.weight.dtype)))
+    index = source.clamp(min=0)[..., None].expand(-1, -1, guide.shape[-1])
+    placed = guide.gather(1, index) * (source >= 0)[..., None]  # the projection has no bias: zero stays zero
+    return lambda slot: steering.delta(placed, slot)
 
 
 @torch.no_grad()
-def read_target(target: nn.Module, batch: dict[str, Tensor], layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The target's states [B, T, 3H] float32 at three layers, and its logits [B, T, V]."""
-    out = target(
+def read_target(target: nn.Module, batch: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """The target's `states` [B, T, 3H], the inputs of three layers, and `final` [B, T, H], what its head reads."""
+    out = target.get_decoder()(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         output_hidden_states=True,
         use_cache=False,
     )
-    return torch.cat([out.hidden_states[i] for i in layers], dim=-1).float(), out.logits
+    return {"states": torch.cat([out.hidden_states[i] for i in layers], dim=-1), "final": out.last_hidden_state}
+
+
+@torch.no_grad()
+def read_trunk(drafter: nn.Module, batch: dict[str, Tensor], first_layer: int) -> Tensor:
+    """The input of the drafter's layer `first_layer`, [B, T, H2]."""
+    keys = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return drafter.get_decoder()(**keys, output_hidden_states=True, use_cache=False).hidden_states[first_layer]
+
+
+@torch.no_grad()
+def trunk_fits(drafter: nn.Module, first_layer: int, batch: dict[str, Tensor]) -> bool:
+    """Whether the drafter computes the same when it starts at `first_layer` from what enters that layer.
+
+    Families that scale embeddings inside their decoder (Granite) do not.
+    """
+    decoder = drafter.get_decoder()
+    layers, real = decoder.layers, batch["attention_mask"].bool()
+    keys = {"attention_mask": batch["attention_mask"], "use_cache": False}
+    whole = decoder(input_ids=batch["input_ids"], output_hidden_states=True, **keys)
+    decoder.layers = layers[first_layer:]
+    try:
+        rest = decoder(inputs_embeds=whole.hidden_states[first_layer], **keys)
+    finally:
+        decoder.layers = layers
+    return torch.allclose(rest.last_hidden_state[real], whole.last_hidden_state[real], atol=1e-3, rtol=1e-3)
 
 
 def response_mask(batch: dict[str, Tensor]) -> Tensor:
     """Bool [B, T]: real tokens after the prompt, the positions a drafter is fed when serving."""
-    position = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    position = torch.arange(batch["attention_mask"].shape[1], device=batch["attention_mask"].device)
     return (position >= batch["prompt_lengths"][:, None]) & batch["attention_mask"].bool()
 
 
 @torch.no_grad()
-def measure(pair: Pair, target: nn.Module, rows: list[Row], layers: tuple[int, ...], k: int, batch_size: int) -> dict:
-    """Predicted acceptance per offset on held-out rows.
+def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[str, Any]:
+    """Predicted acceptance per offset on held-out batches that hold the target's `states` and `final`.
 
     `overlap` is the mean of sum min(p, q), what sampling at temperature 1 accepts; `greedy` is how often both choose
-    the same token. Every response position is steered with the pattern used in training (all guides `d` back, rather
-    than one guide per block), so this predicts serving and does not replay it. `block_efficiency` (tokens per block,
-    the target's own included) treats offsets as independent.
+    the same token. Every response position is steered from d back (rather than one guide per block), so this predicts
+    serving and does not replay it. `block_efficiency` (tokens per block, the target's own included) treats offsets as
+    independent.
     """
-    device = next(pair.parameters()).device
     sums, count = torch.zeros(2, k, dtype=torch.float64), 0
-    for start in range(0, len(rows), batch_size):
-        batch = {name: x.to(device) for name, x in collate(rows[start : start + batch_size]).items()}
-        states, wanted = read_target(target, batch, layers)
-        mask = response_mask(batch)
-        count += int(mask.sum())
-        for d in range(1, k + 1):
-            logits = pair(**batch, states=states, offset=d)[mask]
-            sums[0, d - 1] += overlap(wanted[mask], logits).sum().item()
-            sums[1, d - 1] += agreement(wanted[mask], logits).sum().item()
+    device = next(pair.parameters()).device
+    for batch in batches:
+        batch = {name: x.to(device) for name, x in batch.items()}
+        count += int(response_mask(batch).sum())
+        for d in range(1, k + 1 if pair.steering is not None else 2):
+            source = fixed_sources(batch["prompt_lengths"], batch["attention_mask"].shape[1], d)
+            sums[:, d - 1] += pair.compare([overlap, agreement], batch, source).double().cpu()
+    if pair.steering is None:  # the same at every offset
+        sums[:] = sums[:, :1].clone()
     means = sums / count
     efficiency = (1 + means.cumprod(dim=1).sum(dim=1)).tolist()
     overlaps, greedy = ([round(x, 4) for x in row] for row in means.tolist())
@@ -154,4 +270,5 @@ def measure_directory(target: str | Path, drafter: str | Path, steering: str | P
         module = checkpoint.load_for(steering, big.config, small.config)
         layers = module.config.target_layer_ids
     rows = read_rows(data, tokenizer, big.config.max_position_embeddings)
-    return measure(Pair(small, module).eval(), big, rows, layers, k, batch_size=8)
+    batches = (collate(rows[i : i + 8]) for i in range(0, len(rows), 8))
+    return measure(Pair(small, module, big).eval(), (b | read_target(big, b, layers) for b in batches), k)

@@ -1,6 +1,7 @@
 """Train a steering, a drafter, or both (SD², arXiv 2511.09844, section 3) on `transformers.Trainer`.
 
-The loss is taken at response positions only, with one random guide offset d in 1..k per batch (see pair.py).
+The loss is taken at response positions only; which target state steers which position is drawn anew in every step
+(see pair.py). Several GPUs: `torchrun --nproc-per-node N -m vllm_steer.cli train ...`, or `--ray --workers N`.
 """
 
 from __future__ import annotations
@@ -8,171 +9,258 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import random
-import shlex
 import shutil
-import subprocess
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_steer import __version__, checkpoint
-from vllm_steer.config import SteeringConfig, SteeringError, default_target_layers, drafter_shape, target_shape
-from vllm_steer.data import Row, collate, read_rows, sha256, split_rows
+from vllm_steer import checkpoint, options
+from vllm_steer.batches import Batches, read_data
+from vllm_steer.config import SteeringConfig, SteeringError, require_at_least, require_one_of
+from vllm_steer.data import sha256
 from vllm_steer.losses import LOSSES
-from vllm_steer.pair import Pair, load_models, load_tokenizer, measure, read_target, response_mask
+from vllm_steer.options import option
+from vllm_steer.pair import OFFSET_RULES, Pair, guide_sources, load_models, load_tokenizer, measure
+from vllm_steer.plots import plot_training
+from vllm_steer.provenance import origin, public_name
 from vllm_steer.steering import Steering
 
 MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _option(default: Any, text: str, **how: Any) -> Any:
-    return field(default=default, metadata={"help": text, **how})
+BEST = "eval_sampled"  # predicted block efficiency at temperature 1, what --keep best goes by
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run; the command line is made from these fields."""
 
-    target: str = _option(dataclasses.MISSING, "target model: hub id or directory")
-    drafter: str = _option(dataclasses.MISSING, "pretrained drafter with the same tokenizer: hub id or directory")
-    data: str = _option(dataclasses.MISSING, "JSONL of prompts and the target's responses (see vllm_steer/data.py)")
-    output: str = _option(
-        dataclasses.MISSING, "directory to write: a drafter with steering/; mode steer: steering/ alone"
+    target: str = option(MISSING, "target model: hub id or directory")
+    drafter: str = option(MISSING, "pretrained drafter with the same tokenizer: hub id or directory")
+    data: tuple[str, ...] = option(
+        MISSING,
+        "JSONL files of prompts and responses, from `vllm-steer generate` or your own (see vllm_steer/data.py); the "
+        "last twentieth of the first is held out for measuring",
+        nargs="+",
     )
-    mode: str = _option(
+    output: str = option(MISSING, "directory to write: a drafter with steering/; mode steer: steering/ alone")
+    mode: str = option(
         "joint", "what trains: " + "; ".join(f"{k} = {v}" for k, v in MODES.items()), choices=list(MODES)
     )
-    loss: str = _option("kl", "distance between target and drafter at each position", choices=list(LOSSES))
-    steps: int = _option(1000, "optimiser steps; 0 writes the starting point")
-    batch_size: int = _option(8, "rows per step and device")
-    lr: float = _option(1e-3, "peak learning rate of the steering")
-    drafter_lr: float = _option(1e-5, "peak learning rate of the drafter")
-    k: int = _option(5, "draft length to train for: offsets 1..k")
-    rank: int | None = _option(
-        None, "factor the projection through this many dimensions (default: full rank)", type=int
+    loss: str = option("kl", "distance between target and drafter at each position", choices=list(LOSSES))
+    offsets: str = option(
+        "batch",
+        "how far back the state lies that steers a position: "
+        + "; ".join(f"{k} = {v}" for k, v in OFFSET_RULES.items()),
+        choices=list(OFFSET_RULES),
     )
-    target_layers: tuple[int, ...] | None = _option(
+    steps: int = option(1000, "optimiser steps; 0 writes the starting point")
+    batch_size: int = option(8, "rows per forward and device")
+    accumulate: int = option(1, "forwards per optimiser step")
+    lr: float = option(1e-3, "peak learning rate of the steering")
+    drafter_lr: float = option(1e-5, "peak learning rate of the drafter")
+    k: int = option(5, "draft length to train for: offsets 1..k")
+    rank: int | None = option(None, "factor the projection through this many dimensions (default: full rank)", type=int)
+    target_layers: tuple[int, ...] | None = option(
         None,
         "three target layer ids, id i = input of layer i (default: 2, middle, third from the end)",
         nargs=3,
         type=int,
     )
-    steered_layers: tuple[int, ...] | None = _option(
-        None, "drafter layers to steer (default: all)", nargs="+", type=int
-    )
-    max_length: int = _option(1024, "tokens per row; longer rows are cut")
-    precision: str = _option(
+    steered_layers: tuple[int, ...] | None = option(None, "drafter layers to steer (default: all)", nargs="+", type=int)
+    max_length: int = option(1024, "tokens per row; longer rows are cut")
+    precision: str = option(
         "float32", "arithmetic of both forwards; weights train in float32", choices=list(PRECISIONS)
     )
-    seed: int = _option(0, "order of the rows, offsets, new weights")
-    save_every: int = _option(500, "steps between the checkpoints --resume starts from")
-    resume: bool = _option(False, "go on from the last checkpoint in the output directory")
+    cache: str | None = option(
+        None,
+        "directory for the target's states and, when only upper layers of a frozen drafter are steered, what enters "
+        "them: computed once, then shared by all epochs and by runs on the same rows (8 H + 2 H' bytes a token)",
+        type=str,
+    )
+    gradient_checkpointing: bool = option(
+        False, "compute the drafter's activations again in the backward pass: less memory"
+    )
+    keep: str = option(
+        "best", "which weights are written: of the best evaluation, or the last", choices=["best", "last"]
+    )
+    seed: int = option(0, "order of the rows, offsets, new weights")
+    save_every: int = option(500, "steps between evaluations, and between the checkpoints --resume starts from")
+    report_to: tuple[str, ...] = option((), "live curves besides the plots: tensorboard, wandb", nargs="*", type=str)
+    resume: bool = option(False, "go on from the last checkpoint in the output directory")
+    ray: bool = option(False, "train on a Ray cluster (Ray Train), one process per worker")
+    workers: int = option(1, "with --ray: how many processes, one GPU each where there are GPUs")
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batch_size", 1), ("k", 1), ("max_length", 2), ("save_every", 1)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise SteeringError(f"--{flag} is {getattr(self, name)}, allowed is {least} or more")
-        for name, allowed in (("mode", MODES), ("loss", LOSSES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise SteeringError(f"--{name} is {getattr(self, name)!r}, allowed are {', '.join(allowed)}")
+        for name, least in (("steps", 0), ("max_length", 2)):
+            require_at_least(options.flag(name), getattr(self, name), least)
+        for name in ("batch_size", "accumulate", "k", "save_every", "workers"):
+            require_at_least(options.flag(name), getattr(self, name), 1)
+        allowed = {"mode": MODES, "loss": LOSSES, "offsets": OFFSET_RULES, "precision": PRECISIONS}
+        for name, values in (allowed | {"keep": ("best", "last")}).items():
+            require_one_of(options.flag(name), getattr(self, name), values)
+        if self.workers > 1 and not self.ray:
+            raise SteeringError(
+                f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node"
+            )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vllm-steer train`."""
-    for item in dataclasses.fields(TrainConfig):
-        how = dict(item.metadata)
-        if item.default is dataclasses.MISSING:
-            how["required"] = True
-        elif isinstance(item.default, bool):
-            how["action"] = "store_true"
-        else:
-            how.setdefault("type", type(item.default))
-            how["default"] = item.default
-            how["help"] += "" if item.default is None else f" (default: {item.default})"
-        parser.add_argument("--" + item.name.replace("_", "-"), **how)
+    options.add_arguments(parser, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> None:
     """`vllm-steer train`: train, then say what was written and what it accepts."""
-    names = [item.name for item in dataclasses.fields(TrainConfig)]
-    values = {name: getattr(args, name) for name in names}
-    values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-    config = TrainConfig(**values)
-    acceptance = train(config)
-    print(f"wrote {config.output}\n{json.dumps(acceptance, indent=2)}")
+    config = options.from_arguments(TrainConfig, args)
+    acceptance = train_on_ray(config) if config.ray else train(config)
+    if acceptance is not None:
+        print(f"wrote {config.output}\n{json.dumps(acceptance, indent=2)}")
 
 
-def step_offset(seed: int, step: int, k: int) -> int:
-    """The offset of one step, in 1..k: a function of seed and step, so a resumed run draws the same."""
-    return random.Random(f"{seed}:{step}").randint(1, k)
+def train_on_ray(config: TrainConfig) -> dict[str, Any]:
+    """`train` in `config.workers` processes of a Ray cluster; paths must mean the same on every machine of it."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    paths = {name: str(Path(value).resolve()) for name in ("target", "drafter", "output", "cache")
+             if (value := getattr(config, name)) and (Path(value).exists() or name in ("output", "cache"))}  # fmt: skip
+    data = tuple(str(Path(path).resolve()) for path in config.data)
+    local = dataclasses.replace(config, data=data, **paths)
+    before_training(local)
+    TorchTrainer(
+        lambda: train(local),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=torch.cuda.is_available()),
+        run_config=RunConfig(storage_path=str(Path(local.output) / "checkpoints" / "ray")),
+    ).fit()
+    shutil.rmtree(Path(local.output) / "checkpoints", ignore_errors=True)
+    return json.loads((Path(local.output) / "acceptance.json").read_text(encoding="utf-8"))
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Run one training and write `config.output`; returns the measured acceptance, also stored in the checkpoint.
-
-    Raises SteeringError for a pair that does not fit, unreadable data, an output that exists, or a loss that is not
-    finite.
-    """
+def before_training(config: TrainConfig) -> None:
+    """Raises SteeringError unless the output is new, or a stopped run that `--resume` was given for."""
     output = Path(config.output)
-    saved = sorted((output / "checkpoints").glob("checkpoint-*"))
+    saved = list((output / "checkpoints").glob("checkpoint-*"))
     if config.resume and not saved:
         raise SteeringError(f"{output} has no checkpoint to resume from: start without --resume")
     if not config.resume and output.exists() and any(output.iterdir()):
         raise SteeringError(f"{output} exists and is not empty: give a new directory, or --resume a stopped run")
+
+
+def train(config: TrainConfig) -> dict[str, Any] | None:
+    """Run one training and write `config.output`; returns the measured acceptance, also stored in the checkpoint.
+
+    In several processes (torchrun, Ray) each trains, the first one writes and returns, the others return None.
+    Raises SteeringError for a pair that does not fit, unreadable data, an output that exists, or a loss that is not
+    finite.
+    """
+    if int(os.environ.get("RANK", 0)) == 0 and not config.ray:  # the others may come when the first has begun
+        before_training(config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.target, config.drafter)
-    rows, held_out = split_rows(read_rows(config.data, tokenizer, config.max_length))
+    rows, held_out = read_data(config, tokenizer)
     target, drafter, stored = load_models(config.target, config.drafter, PRECISIONS[config.precision])
     settings = _settings(config, target, drafter)
     drafter.requires_grad_(config.mode != "steer")
-    pair = Pair(drafter, None if config.mode == "distill" else Steering(settings))
-    trainer = _trainer(config, pair, target, rows, settings.target_layer_ids)
-    if trainer.args.n_gpu > 1 or trainer.args.world_size > 1:  # replicas would share one injector
-        raise SteeringError("training runs on one device: set CUDA_VISIBLE_DEVICES to one GPU, start one process")
-    target.to(trainer.args.device)
-    pair.to(trainer.args.device)
-    judge = lambda: measure(pair, target, held_out, settings.target_layer_ids, config.k, config.batch_size)  # noqa: E731
-    pair.eval()
+    arguments = _arguments(config)
+    target.to(arguments.device)
+    drafter.to(arguments.device)
+    source = Batches(config, target, drafter, [*rows, *held_out], settings, arguments)
+    steering = None if config.mode == "distill" else Steering(settings)
+    pair = Pair(drafter, steering, target, source.first_layer).to(arguments.device)
+    pair.loss = LOSSES[config.loss]
+    judge = lambda: _judge(pair, source, range(len(rows), len(rows) + len(held_out)), config)  # noqa: E731
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
+    trainer = _trainer(config, pair, source, len(rows), arguments, judge)
     if config.steps:
         trainer.train(resume_from_checkpoint=config.resume)
+    if not trainer.is_world_process_zero():
+        return None
     _round_weights(pair, stored)
-    pair.eval()
     acceptance = {
-        "data": f"last {len(held_out)} rows of {Path(config.data).name}",
+        "data": f"last {len(held_out)} rows of {Path(config.data[0]).name}",
         "untrained": before,
         "trained": judge(),
     }
     settings = dataclasses.replace(settings, provenance=_provenance(config), acceptance=acceptance)
     _save(config, pair, tokenizer, settings, stored)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    (Path(config.output) / "acceptance.json").write_text(json.dumps(acceptance, indent=2) + "\n", encoding="utf-8")
+    plot_training(Path(config.output) / "training.png", acceptance, trainer.state.log_history)
+    if not config.ray:  # Ray Train still writes there
+        shutil.rmtree(Path(config.output) / "checkpoints", ignore_errors=True)
     return acceptance
 
 
-def _trainer(config: TrainConfig, pair: Pair, target: nn.Module, rows: list[Row], layers: tuple[int, ...]) -> Any:
+def _judge(pair: Pair, source: Batches, held_out: range, config: TrainConfig) -> dict[str, Any]:
+    training = pair.training
+    found = measure(pair.eval(), source.held(held_out, config.batch_size), config.k)
+    pair.train(training)
+    return found
+
+
+def _arguments(config: TrainConfig) -> Any:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(Path(config.output) / "checkpoints"),
+        max_steps=max(1, config.steps),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.steps // 20,
+        max_grad_norm=0.5,
+        bf16=config.precision == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
+        eval_strategy="steps",
+        eval_steps=config.save_every,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        load_best_model_at_end=config.keep == "best",
+        metric_for_best_model=BEST,
+        greater_is_better=True,
+        logging_steps=max(1, min(50, config.steps // 10)),
+        report_to=list(config.report_to),
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:  # replicas in one process would share one injector
+        raise SteeringError(
+            f"{arguments.n_gpu} GPUs in one process: start `torchrun --nproc-per-node {arguments.n_gpu} -m "
+            "vllm_steer.cli train ...`, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    return arguments
+
+
+def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: int, arguments: Any, judge: Any) -> Any:
     """A Trainer whose loss is the distance to the target; progress, logging, schedule and resume are its own."""
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     class PairTrainer(Trainer):
         def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
-            states, wanted = read_target(target, inputs, layers)
-            offset = step_offset(config.seed, self.state.global_step, config.k)
-            mask = response_mask(inputs)
-            loss = LOSSES[config.loss](wanted[mask], model(**inputs, states=states, offset=offset)[mask]).mean()
+            batch = source.complete(inputs)
+            # A function of step and rows: a resumed run draws the same, other processes and forwards do not.
+            rng = random.Random(f"{config.seed}:{self.state.global_step}:{int(inputs['input_ids'].sum())}")
+            length = inputs["input_ids"].shape[1]
+            steered_from = guide_sources(config.offsets, inputs["prompt_lengths"], length, config.k, rng)
+            loss = model(steered_from, **batch)
             if not torch.isfinite(loss):
-                raise SteeringError(
-                    f"the loss is {loss.item()} at step {self.state.global_step}: lower --lr and --drafter-lr, or "
-                    "--precision float32; --resume starts from the last checkpoint"
-                )
+                _stop_at(config, self.state.global_step, loss, inputs)
             return loss
 
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            found = judge()
+            metrics = {f"eval_{name}": value for name, value in found["block_efficiency"].items()}
+            self.log(metrics | {"eval_overlap": found["overlap"], "eval_agreement": found["greedy"]})
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    if config.gradient_checkpointing:
+        pair.drafter.gradient_checkpointing_enable({"use_reentrant": False})
     groups = [(pair.steering, config.lr), (pair.drafter, config.drafter_lr)]
     optimizer = torch.optim.AdamW(
         [
@@ -182,35 +270,34 @@ def _trainer(config: TrainConfig, pair: Pair, target: nn.Module, rows: list[Row]
         ],
         weight_decay=0.0,
     )
-    arguments = TrainingArguments(
-        output_dir=str(Path(config.output) / "checkpoints"),
-        max_steps=max(1, config.steps),
-        per_device_train_batch_size=config.batch_size,
-        lr_scheduler_type="cosine",
-        warmup_steps=config.steps // 20,
-        max_grad_norm=0.5,
-        bf16=config.precision == "bfloat16",
-        use_cpu=not torch.accelerator.is_available(),
-        save_steps=config.save_every,
-        save_total_limit=2,
-        logging_steps=max(1, min(50, config.steps // 10)),
-        report_to=[],
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
     return PairTrainer(
-        model=pair, args=arguments, train_dataset=rows, data_collator=collate, optimizers=(optimizer, None)
+        model=pair,
+        args=arguments,
+        train_dataset=range(rows),
+        eval_dataset=range(1),  # `evaluate` has its own rows
+        data_collator=source.collate,
+        optimizers=(optimizer, None),
+    )
+
+
+def _stop_at(config: TrainConfig, step: int, loss: Tensor, inputs: dict[str, Tensor]) -> None:
+    path = Path(config.output) / "failed-batch.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {name: inputs[name].tolist() for name in ("input_ids", "attention_mask", "prompt_lengths")}
+    path.write_text(json.dumps({"step": step} | rows) + "\n", encoding="utf-8")
+    raise SteeringError(
+        f"the loss is {loss.item()} at step {step}; its batch is in {path}: lower --lr and --drafter-lr, or "
+        "--precision float32; --resume starts from the last checkpoint"
     )
 
 
 def _settings(config: TrainConfig, target: nn.Module, drafter: nn.Module) -> SteeringConfig:
-    shape = drafter_shape(_public(config.drafter), drafter.config)
-    return SteeringConfig(
-        target=target_shape(_public(config.target), target.config),
-        drafter=shape,
-        target_layer_ids=config.target_layers or default_target_layers(target.config.num_hidden_layers),
-        steered_layers=config.steered_layers or tuple(range(shape.num_hidden_layers)),
+    return SteeringConfig.for_models(
+        target.config,
+        drafter.config,
+        names=(public_name(config.target), public_name(config.drafter)),
+        target_layer_ids=config.target_layers,
+        steered_layers=config.steered_layers,
         rank=config.rank,
         draft_length=config.k,
     )
@@ -243,32 +330,12 @@ def _save(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringCon
         checkpoint.mark(output)
 
 
-def _public(name: str) -> str:
-    """A model's name for the record: a directory's own name without the path to it, a hub id as it is."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
 def _provenance(config: TrainConfig) -> dict[str, Any]:
-    """How a checkpoint was made: the whole configuration, the data's hash, versions, source commit, date (UTC)."""
-    import transformers
-
-    options = dataclasses.asdict(config)
-    options |= {key: _public(options[key]) for key in ("target", "drafter", "data", "output")}
-    given = {k: v for k, v in options.items() if v is not None and v is not False}
-    words = [w for k, v in given.items() for w in ("--" + k.replace("_", "-"), *(v if isinstance(v, tuple) else [v]))]
+    """How a checkpoint was made: the whole configuration, the data's hashes, versions, source commit, date (UTC)."""
+    given = dataclasses.asdict(config)
+    given |= {key: public_name(given[key]) for key in ("target", "drafter", "output", "cache") if given[key]}
+    given["data"] = [public_name(path) for path in config.data]
     return {
-        "command": shlex.join(["vllm-steer", "train", *(str(w) for w in words if w is not True)]),
-        "data_sha256": sha256(config.data),
-        "versions": {"vllm-steer": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    """The source commit when running from a git checkout; None for an installed package or without git."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+        "command": options.command("train", given),
+        "data_sha256": {public_name(path): sha256(path) for path in config.data},
+    } | origin("torch", "transformers")

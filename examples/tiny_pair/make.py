@@ -2,7 +2,8 @@
 
 The text is the standard library's own sources, split by file into train, validation and test. In order:
 
-    text       tokenise the sources (byte-level BPE, trained here) and cut the held-out prompts from the test files
+    text       tokenise the sources (byte-level BPE, trained here); cut held-out prompts from the test files, and the
+               prompts of the README's walk-through from the training files
     target     pretrain the target, store it in bfloat16; everything later sees the stored weights
     drafter    pretrain the drafter on the same text
     responses  the target continues prompts cut from the training files (sampled at temperature 1), plus as many
@@ -51,7 +52,7 @@ def source_files() -> dict[str, list[Path]]:
 
 
 def make_text(work: Path, out: Path) -> None:
-    """Tokenizer into `work/tokenizer`, one int16 tensor of tokens per split, and `out/heldout.jsonl`."""
+    """`work/tokenizer`, one int16 tensor of tokens per split, `out/heldout.jsonl` and `out/prompts.jsonl`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -70,9 +71,10 @@ def make_text(work: Path, out: Path) -> None:
         ids = [i for part in parts for i in [*tokenizer(part)["input_ids"], tokenizer.eos_token_id]]
         torch.save(torch.tensor(ids, dtype=torch.int16), work / f"{split}.pt")
         print(f"{split}: {len(parts)} files, {sum(map(len, parts)):,} characters, {len(ids):,} tokens")
-    prompts = cut(work, "test", 48, seed=1, shortest=64, longest=256)
-    rows = [json.dumps({"prompt": tokenizer.decode(prompt)}) for prompt in prompts]
-    (out / "heldout.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    heldout = [*cut(work, "test", 48, 1, 64, 256), *cut(work, "test", 336, 4, 64, 256)]  # the first 48 are for tests
+    for name, prompts in (("heldout", heldout), ("prompts", cut(work, "train", 1536, 3, 32, 128))):
+        rows = [json.dumps({"prompt": tokenizer.decode(prompt)}) for prompt in prompts]
+        (out / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def cut(work: Path, split: str, count: int, seed: int, shortest: int, longest: int) -> list[Tensor]:
@@ -175,7 +177,7 @@ def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args
         TrainConfig(
             target=str(out / "target"),
             drafter=str(out / "drafter"),
-            data=str(work / "responses.jsonl"),
+            data=(str(work / "responses.jsonl"),),
             output=str(out / name),
             mode=mode,
             k=DRAFT,
@@ -185,6 +187,7 @@ def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args
             drafter_lr=args.drafter_lr,
             target_layers=STATES,
             max_length=352,
+            cache=str(work / "cache"),
             precision="bfloat16",
             seed=args.seed,
         )

@@ -1,0 +1,105 @@
+"""The cache: what is read back is what was computed, a killed fill goes on, nothing foreign is accepted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import DRAFTER, Size, tiny_model
+from test_train import folder, options  # noqa: F401  (a fixture)
+from torch import Tensor
+
+from vllm_steer import batches, train
+from vllm_steer.cache import StateCache
+from vllm_steer.config import SteeringError
+from vllm_steer.data import Row, collate
+from vllm_steer.pair import trunk_fits
+
+ROWS = [Row(tuple(range(1, n)), 2) for n in (7, 12, 4, 9, 5)]
+WIDTHS = {"states": 6, "final": 2}
+
+
+def read(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values that tell row, position and column apart, exact in bfloat16."""
+    ids = batch["input_ids"][..., None].float()
+    return {"states": ids + torch.arange(6) * 16, "final": -ids - torch.arange(2) * 16}
+
+
+def make(directory: Path, rows: list[Row] = ROWS, **made_from: object) -> StateCache:
+    return StateCache(directory, rows, WIDTHS, {"target": "x"} | made_from)
+
+
+def test_rows_come_back_in_any_order_and_padded(tmp_path: Path) -> None:
+    cache = make(tmp_path / "c")
+    cache.fill(read, 2)
+    batch = cache.batch([3, 0])
+    plain = collate([ROWS[3], ROWS[0]])
+    assert all(torch.equal(batch[name], plain[name]) for name in plain)
+    mask = plain["attention_mask"].bool()
+    for name, tensor in read(plain).items():
+        assert torch.equal(batch[name][mask].float(), tensor[mask])
+        assert not batch[name][~mask].any()
+
+
+def test_a_killed_fill_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    calls = []
+
+    def stopping(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        calls.append(batch["input_ids"].shape[0])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return read(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path).fill(stopping, 2)
+    with (tmp_path / "states.bin").open("ab") as file:  # a kill amid a write
+        file.write(b"torn")
+    cache = make(tmp_path)
+    assert cache.done == 2
+    cache.fill(lambda batch: calls.append("more") or read(batch), 2)
+    assert calls.count("more") == 2 and make(tmp_path).done == 5
+    whole = make(tmp_path / "whole")
+    whole.fill(read, 5)
+    every = range(len(ROWS))
+    assert all(torch.equal(a, b) for a, b in zip(cache.batch(every).values(), whole.batch(every).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda d: make(d, target="y"), "was made with target x, this run has y"),
+        (lambda d: make(d, ROWS[1:]), "was made with rows_sha256"),
+        (lambda d: ((d / "final.bin").write_bytes(b""), make(d)), "final.bin is shorter than"),
+        (lambda d: ((d / "cache.json").write_text("{"), make(d)), "cache.json is damaged"),
+    ],
+)
+def test_another_or_a_damaged_cache_is_refused(tmp_path: Path, damage: object, complaint: str) -> None:
+    make(tmp_path).fill(read, 2)
+    with pytest.raises(SteeringError, match=complaint):
+        damage(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "fits"), [("llama", True), ("gemma2", True), ("granite", False)])
+def test_which_drafters_can_start_at_an_upper_layer(family: str, fits: bool) -> None:
+    model = tiny_model(family, Size(DRAFTER.hidden, 3, DRAFTER.ffn))
+    batch = collate([Row(tuple(range(1, 9)), 0), Row((3, 2, 1), 0)])
+    assert trunk_fits(model, 2, batch) == fits
+    assert len(model.get_decoder().layers) == 3
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1,)])
+def test_training_from_a_cache_is_training(folder: Path, tmp_path: Path, layers: tuple, monkeypatch) -> None:  # noqa: F811
+    """Frozen drafter: with layer 0 unsteered its output is cached too, and the target never runs again."""
+    run = dict(mode="steer", steered_layers=layers, steps=6)
+    plain = train.train(options(folder, tmp_path / "plain", **run))
+    cached = train.train(options(folder, tmp_path / "cached", **run, cache=str(tmp_path / "cache")))
+    assert (tmp_path / "cache" / "trunk.bin").exists() == (layers == (1,))
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["rows"] == 24
+    for name in ("overlap", "greedy"):  # bfloat16 states
+        assert cached["trained"][name] == pytest.approx(plain["trained"][name], abs=0.02)
+    assert plain["trained"]["overlap"] != plain["untrained"]["overlap"]
+    monkeypatch.setattr(batches, "read_target", lambda *_: pytest.fail("the target ran again"))
+    again = train.train(options(folder, tmp_path / "again", **run, cache=str(tmp_path / "cache")))
+    assert again == cached

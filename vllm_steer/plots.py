@@ -1,0 +1,30 @@
+"""Plots written beside a checkpoint. matplotlib is imported when they are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_training(path: Path, acceptance: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Predicted block efficiency over steps, and acceptance per guide offset before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curve, offsets) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in ("sampled", "greedy"):
+        points = [(0, acceptance["untrained"]["block_efficiency"][name])]
+        points += [(entry["step"], entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry]
+        curve.plot(*zip(*points, strict=True), marker=".", label=name)
+    curve.set(xlabel="step", ylabel="tokens per block, predicted", title="held-out rows")
+    for when in ("untrained", "trained"):
+        for name in ("overlap", "greedy"):
+            values = acceptance[when][name]
+            offsets.plot(range(1, len(values) + 1), values, marker=".", label=f"{name}, {when}")
+    offsets.set(xlabel="guide offset d", ylabel="accepted", title="per offset")
+    for axes in (curve, offsets):
+        axes.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
