@@ -1,0 +1,165 @@
+"""A benchmark's results as a Markdown table and as plots. Everything here is read from results.json's contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+HOW_TO_READ = """\
+Tokens per block counts the target's own token; brackets are 95 % bootstrap intervals over prompts, the same resampled
+prompts for every row. Tokens per second are of one pass, after the prefill (no interval: repeat on a quiet machine).
+Drafting is the share of that time spent in the drafter, in a pass of its own.
+"""
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [f"# {results['title']}" if "title" in results else _title(results["settings"]), "", *_about(results)]
+    for part in results["summary"]:
+        name = "Greedy (T=0)" if part["temperature"] == 0 else f"Sampled, T={part['temperature']:g}"
+        lines += ["", f"## {name}", "", *_rows(part["rows"], results.get("contenders", []))]
+        if part["pairs"]:
+            lines += ["", *_pairs(part["pairs"])]
+        if len(part["categories"]) > 1:
+            lines += ["", *_categories(part["categories"])]
+    return "\n".join([*lines, "", results.get("note", HOW_TO_READ)])
+
+
+def plots(results: dict[str, Any], directory: Path) -> None:
+    """Write block_efficiency.png and acceptance.png."""
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
+    parts = results["summary"]
+    figure = Figure(figsize=(1.5 + 1.2 * len(parts[0]["rows"]), 3.6), layout="constrained")
+    axes = figure.add_subplot(ylabel="tokens per block")
+    width = 0.8 / len(parts)
+    for i, part in enumerate(parts):
+        rows = [row for row in part["rows"] if row["tokens_per_block"] is not None]
+        heights = [row["tokens_per_block"] for row in rows]
+        ends = [row["interval_95"] or [row["tokens_per_block"]] * 2 for row in rows]
+        error = [[h - low for h, (low, _) in zip(heights, ends)], [high - h for h, (_, high) in zip(heights, ends)]]  # noqa: B905
+        places = [j + (i - (len(parts) - 1) / 2) * width for j in range(len(rows))]
+        axes.bar(places, heights, width, yerr=error, capsize=3, label=f"T={part['temperature']:g}")
+        axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
+    axes.legend(loc="upper left")
+    figure.savefig(directory / "block_efficiency.png", dpi=150)
+
+    figure = Figure(figsize=(4.2 * len(parts), 3.6), layout="constrained")
+    for i, part in enumerate(parts, start=1):
+        axes = figure.add_subplot(1, len(parts), i, title=f"T={part['temperature']:g}", ylim=(0, 1))
+        axes.set_xlabel("draft position")
+        axes.set_ylabel("share of blocks that accept it")
+        for row in part["rows"]:
+            if row["accepted_at"]:
+                shares = [float("nan") if x is None else x for x in row["accepted_at"]]
+                axes.plot(range(1, len(shares) + 1), shares, marker="o", label=row["name"])
+        axes.legend()
+    figure.savefig(directory / "acceptance.png", dpi=150)
+
+
+def _title(settings: dict[str, Any]) -> str:
+    return f"# Drafters of `{settings['target']}`"
+
+
+def _about(results: dict[str, Any]) -> list[str]:
+    s = results["settings"]
+    drafts = [f"{s['k']} drafts per block"] if "k" in s else []
+    where = [_environment(c) for c in results.get("contenders", [])]
+    return [
+        ", ".join([*drafts, f"{s['number_of_prompts']} prompts from `{s['prompts']}`", f"{s['max_tokens']} new tokens"])
+        + f", {s['batch']} at a time.",
+        *sorted(set(where), key=where.index),
+        "",
+        f"    {results['command']}",
+    ]
+
+
+def _environment(contender: dict[str, Any]) -> str:
+    e = contender["environment"]
+    how = ", ".join([e["runner"], e["dtype"], "eager" if e["eager"] else "compiled"])
+    gpus = e.get("gpus", [])
+    machine = ", ".join(
+        [*(f"{gpus.count(gpu)} x {gpu}" for gpu in dict.fromkeys(gpus)), f"{e['cores']} cores {e['cpu']}"]
+    )
+    versions = f"vllm-steer {contender['origin']['versions']['vllm-steer']}, torch {e['torch']}"
+    return f"vLLM {e['vllm']} ({how}), {versions}; {machine}; {contender['origin']['date'][:10]}."
+
+
+def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[str]:
+    """One line per contender; columns that nobody fills are left out."""
+    known = {c["name"]: c for c in contenders}
+    slow = next((row.get("tokens_per_second") for row in rows if row["name"] == "none"), None)
+    k = max(len(row["accepted_at"]) for row in rows)
+    columns = ["", "tokens per block", f"accepted at {' '.join(map(str, range(1, k + 1)))}", "tokens/s", "drafting"]
+    columns += ["steering", "peak memory", "answers unlike `none`'s"]
+    lines = []
+    for row in rows:
+        memory = known.get(row["name"], {}).get("peak_memory")
+        unlike = row.get("answers_unlike_none")
+        lines.append(
+            [
+                row["name"],
+                _number(row["tokens_per_block"], row["interval_95"]) if row["accepted_at"] else "1",
+                " ".join(_share(x) for x in row["accepted_at"]),
+                _speed(row.get("tokens_per_second"), slow),
+                "" if row.get("drafting_share") is None else f"{row['drafting_share']:.0%}",
+                "on" if known.get(row["name"], {}).get("steered") else "",
+                "" if memory is None else _memory(memory),
+                "" if unlike is None else f"{unlike} of {row['prompts']}",
+            ]
+        )
+    used = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines)]
+    return _markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
+
+
+def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        [
+            f"{pair['name']} over {pair['minus']}",
+            _number(pair["difference"], pair["difference_95"], "+.3f"),
+            _number(pair["ratio"], pair["ratio_95"]),
+        ]
+        for pair in pairs
+    ]
+    return _markdown(["tokens per block", "difference", "ratio"], lines)
+
+
+def _categories(categories: dict[str, Any]) -> list[str]:
+    names = [row["name"] for row in next(iter(categories.values()))["rows"] if row["accepted_at"]]
+    lines = []
+    for category, part in categories.items():
+        rows = [row for row in part["rows"] if row["name"] in names]
+        cells = [_number(row["tokens_per_block"], row["interval_95"]) for row in rows]
+        lines.append([category, str(part["rows"][0]["prompts"]), *cells])
+    return _markdown(["tokens per block", "prompts", *names], lines)
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+
+
+def _number(value: float | None, interval: list[float] | None, form: str = ".3f") -> str:
+    if value is None:
+        return "no block"
+    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}".removeprefix("0")
+
+
+def _speed(value: float | None, none: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" + (f" ({value / none:.2f}x)" if none and value != none else "")
+
+
+def _memory(workers: list[dict[str, int]]) -> str:
+    """Peak of all workers' processes, and of the fullest GPU."""
+    resident = f"{sum(w['resident'] for w in workers) / GIB:.2f} GiB"
+    if "allocated" not in workers[0]:
+        return resident
+    fullest = max(workers, key=lambda w: w["allocated"])
+    return f"GPU {fullest['allocated'] / GIB:.2f} GiB ({fullest['kv_cache'] / GIB:.2f} of it KV cache), host {resident}"

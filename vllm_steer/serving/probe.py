@@ -1,0 +1,231 @@
+"""A vLLM engine opened for measuring: stepped from outside, its drafter timed, its memory and make-up read.
+
+The engine runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0, set before vllm is imported): only then can its
+workers be asked for times and memory. Every step of `LLMEngine` hands out what one scheduler step delivered, so a
+request's share of it is one block. That also holds with asynchronous scheduling, where a step runs while the one before
+is read: results still come back one scheduler step at a time, and a call may return nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+
+
+@dataclass
+class Delivery:
+    """One answer as the engine delivered it."""
+
+    steps: list[int] = field(default_factory=list)  # tokens per engine step, the prefill's first
+    ids: list[int] = field(default_factory=list)
+    finish: str | None = None  # "stop", "length", ...
+    accepted: list[int] = field(default_factory=list)  # vLLM's own record: drafts accepted in each drafted step
+    drafted: list[int] = field(default_factory=list)  # ... and proposed
+
+
+@dataclass
+class Clock:
+    """Time and tokens, apart for steps in which a request was still without its first token, and all others."""
+
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+
+def open_engine(drafter: str | None, adapter: str | None, settings: dict[str, Any]) -> LLM:
+    """The engine of one contender (see contender.measure for `settings`); without a drafter it does not speculate."""
+    options = dict(settings["engine"])
+    if adapter is not None:
+        additional = options.get("additional_config", {})
+        options["additional_config"] = additional | {
+            "vllm_steer": additional.get("vllm_steer", {}) | {"adapter": adapter}
+        }
+    sampled = any(settings["temperature"])
+    if sampled and current_platform.is_cpu():
+        # With a seed, vLLM 0.32's V1 runner dies there after a part of a prompt: a CPU generator cannot be rewound.
+        options.setdefault("enable_chunked_prefill", False)
+    if drafter is not None:
+        options["per_request_spec_decode_metrics"] = "detailed"
+        options["speculative_config"] = {
+            "model": drafter,
+            "num_speculative_tokens": settings["k"],
+            # Sampled requests lose acceptance with greedy drafts.
+            "draft_sample_method": "probabilistic" if sampled else "greedy",
+        }
+    return LLM(
+        settings["target"],
+        **options,
+        max_model_len=settings["max_model_len"],
+        max_num_seqs=settings["batch"],
+        seed=settings["seed"],
+        enable_prefix_caching=False,  # a full hit is answered with placeholder drafts
+        disable_log_stats=False,
+    )
+
+
+def drive(
+    llm: LLM,
+    prompts: Sequence[list[int]],
+    *,
+    batch: int,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    finished: Callable[[], None] = lambda: None,
+    before_step: Callable[[bool], None] = lambda prefilling: None,
+) -> tuple[list[Delivery], Clock]:
+    """Answer prompts (token ids), `batch` at a time, stepping the engine; request i is sampled with seed + i.
+
+    `finished` is called for each answer, `before_step` with whether a request still waits for its first token.
+    """
+    engine, clock = llm.llm_engine, Clock()
+    answers = [Delivery() for _ in prompts]
+    waiting, live = deque(range(len(prompts))), set()
+    while waiting or live:
+        while waiting and len(live) < batch:
+            live.add(i := waiting.popleft())
+            sampling = SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed + i if temperature else None,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            engine.add_request(str(i), {"type": "token", "prompt_token_ids": prompts[i]}, sampling)
+        prefilling = any(not answers[i].steps for i in live)
+        before_step(prefilling)
+        start = time.perf_counter()
+        outputs = engine.step()
+        seconds = time.perf_counter() - start
+        tokens = 0
+        for out in outputs:
+            i, delta = int(out.request_id), out.outputs[0]
+            tokens += len(delta.token_ids)
+            _deliver(answers[i], delta)
+            if out.finished:
+                live.remove(i)
+                finished()
+        if prefilling:
+            clock.prefill_seconds += seconds
+            clock.prefill_tokens += tokens
+        else:
+            clock.decode_seconds += seconds
+            clock.decode_tokens += tokens
+    return answers, clock
+
+
+def _deliver(answer: Delivery, delta: Any) -> None:
+    answer.ids += delta.token_ids
+    if delta.token_ids:
+        answer.steps.append(len(delta.token_ids))
+    answer.finish = delta.finish_reason
+    if (metrics := delta.spec_decode_metrics) is not None:
+        answer.accepted, answer.drafted = list(metrics.per_step_accepted), list(metrics.per_step_drafted)
+
+
+def preemptions(llm: LLM) -> int:
+    """Requests vLLM has preempted so far: it answers their return with placeholder drafts."""
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
+# --- asked of the workers, by llm.collective_rpc --------------------------------------------------------------------
+
+
+def is_steered(worker: Any) -> bool:
+    """Whether this worker's drafter is steered."""
+    return getattr(_drafter(worker), "injection", None) is not None
+
+
+def start_timing(worker: Any) -> None:
+    """Time every proposal from now on; the device is synchronised around each."""
+    drafter = _drafter(worker)
+    propose = drafter.propose
+
+    def timed(*args: Any, **keys: Any) -> Any:
+        _synchronise()
+        start = time.perf_counter()
+        try:
+            return propose(*args, **keys)
+        finally:
+            _synchronise()
+            drafter.bench_seconds += time.perf_counter() - start
+
+    drafter.bench_seconds = 0.0
+    drafter.propose = timed
+
+
+def reset_timing(worker: Any) -> None:
+    """Forget the proposals so far."""
+    _drafter(worker).bench_seconds = 0.0
+
+
+def stop_timing(worker: Any) -> float:
+    """Seconds in proposals since the start or the last reset; the drafter is as it was."""
+    drafter = _drafter(worker)
+    del drafter.propose  # the timer stood in the instance, before the class's own
+    return drafter.bench_seconds
+
+
+def memory(worker: Any) -> dict[str, int]:
+    """Peak bytes of this worker: its process's resident set, and on a GPU what torch allocated and reserved."""
+    found = {"resident": _peak_resident()}
+    if torch.accelerator.is_available():
+        caches = [c for c in worker.model_runner.kv_caches if isinstance(c, torch.Tensor)]
+        found["allocated"] = torch.accelerator.max_memory_allocated()
+        found["reserved"] = torch.accelerator.max_memory_reserved()
+        found["kv_cache"] = sum({s.data_ptr(): s.nbytes() for s in (c.untyped_storage() for c in caches)}.values())
+    return found
+
+
+def describe(llm: LLM) -> dict[str, Any]:
+    """What runs on what: model runner, arithmetic, scheduling, processors."""
+    import vllm
+
+    config = llm.llm_engine.vllm_config
+    found = {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "eager": config.model_config.enforce_eager,
+        "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name()] * config.parallel_config.world_size
+    return found
+
+
+def _drafter(worker: Any) -> Any:
+    """V1 calls it drafter, V2 speculator; None without speculation."""
+    runner = worker.model_runner
+    return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
+
+def _synchronise() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _peak_resident() -> int:
+    """High-water mark of this process's resident memory in bytes (not getrusage: that starts at the parent's)."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
