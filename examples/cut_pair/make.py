@@ -1,0 +1,159 @@
+"""Make the cut pair: a pretrained target small enough to train against on two cores, and a drafter cut from it.
+
+The target is Qwen2.5-Coder-0.5B-Instruct with its vocabulary cut to what Python's standard library uses most:
+the same 24 layers, but a head that fits beside them on a CPU. The drafter is a few layers of the same model. In order:
+
+    target    count tokens over the training files, cut tokenizer and embedding
+    drafter   copy some of the layers
+    text      rows of real text from training files (`train.jsonl`) and prompts from test files (`heldout.jsonl`)
+
+    python examples/cut_pair/make.py --model ~/.cache/vllm-steer/qwen_pair/drafter --out cut_pair
+
+What is trained then, and what came of it, is in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+KEPT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+STAGES = ("target", "drafter", "text")
+
+
+def source_files() -> dict[str, list[Path]]:
+    """The standard library by split, as the tiny pair has it."""
+    spec = importlib.util.spec_from_file_location("tiny_pair_make", HERE.parent / "tiny_pair" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    return make.source_files()
+
+
+def cut_tokenizer(full: dict[str, Any], counts: Counter[int], size: int) -> tuple[dict[str, Any], list[int]]:
+    """tokenizer.json with about `size` tokens, and the old id of each new one.
+
+    Kept are single bytes, the most frequent tokens, and every piece these are merged from.
+    """
+    vocab = full["model"]["vocab"]
+    made_from: dict[str, tuple[str, str]] = {}
+    for left, right in full["model"]["merges"]:
+        made_from.setdefault(left + right, (left, right))
+    special = {token["content"]: token["id"] for token in full["added_tokens"]}
+    names = {i: token for token, i in vocab.items() if token not in special}
+    kept = {token for token in names.values() if len(token) == 1}
+    frequent = (names[i] for i, _ in counts.most_common() if i in names)
+    while len(kept) < size and (token := next(frequent, None)) is not None:
+        pieces = [token]
+        while pieces:
+            piece = pieces.pop()
+            if piece not in kept:
+                kept.add(piece)
+                pieces += made_from.get(piece, ())
+    old = sorted(vocab[token] for token in kept) + [special[name] for name in KEPT]
+    new = {i: n for n, i in enumerate(old)}
+    cut = json.loads(json.dumps(full))
+    cut["model"]["vocab"] = {token: new[vocab[token]] for token in sorted(kept, key=vocab.get)}
+    cut["model"]["merges"] = [m for m in full["model"]["merges"] if {m[0], m[1], m[0] + m[1]} <= kept]
+    cut["added_tokens"] = [t | {"id": new[t["id"]]} for t in full["added_tokens"] if t["content"] in KEPT]
+    return cut, old
+
+
+def make_target(model: Path, out: Path, size: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    counts: Counter[int] = Counter()
+    for path in tqdm(source_files()["train"], desc="counting tokens"):
+        counts.update(tokenizer(path.read_text("utf-8", "replace"))["input_ids"])
+    cut, old = cut_tokenizer(json.loads((model / "tokenizer.json").read_text("utf-8")), counts, size)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    whole.config.vocab_size = len(old)
+    end = len(old) - len(KEPT)  # KEPT come last, <|endoftext|> first of them
+    for config in (whole.config, whole.generation_config):
+        config.bos_token_id = config.pad_token_id = config.eos_token_id = end
+    small = AutoModelForCausalLM.from_config(whole.config, dtype=torch.bfloat16)
+    weights = whole.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][old].clone()
+    small.load_state_dict(weights)
+    small.save_pretrained(out / "target")
+    settings = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        settings.pop(key, None)
+    settings |= {"eos_token": KEPT[0], "pad_token": KEPT[0], "bos_token": None}
+    for name, content in (("tokenizer.json", cut), ("tokenizer_config.json", settings)):
+        (out / "target" / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    new = AutoTokenizer.from_pretrained(out / "target")
+    text = (HERE / "make.py").read_text("utf-8")
+    assert new.decode(new(text)["input_ids"]) == text and len(new) == len(old)
+    print(f"target: {small.num_parameters():,} parameters, vocabulary {len(old)}; this file is "
+          f"{len(new(text)['input_ids'])} tokens, {len(tokenizer(text)['input_ids'])} before")  # fmt: skip
+
+
+def make_drafter(out: Path, layers: list[int]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(out / "target", dtype=torch.bfloat16)
+    model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in layers])
+    for new, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = new
+    model.config.num_hidden_layers = len(layers)
+    model.config.layer_types = ["full_attention"] * len(layers)
+    model.save_pretrained(out / "drafter")
+    AutoTokenizer.from_pretrained(out / "target").save_pretrained(out / "drafter")
+    print(f"drafter: {model.num_parameters():,} parameters, layers {layers} of the target")
+
+
+def make_text(out: Path, rows: int, length: int) -> None:
+    """Rows of `length` tokens at random places of the training files, 32 of them a prompt; 48 held-out prompts."""
+    from transformers import AutoTokenizer
+
+    tokenizer, rng = AutoTokenizer.from_pretrained(out / "target"), random.Random(0)
+    files = source_files()
+    ids = {s: [tokenizer(p.read_text("utf-8", "replace"))["input_ids"] for p in files[s]] for s in ("train", "test")}
+    lines = []
+    for _ in range(rows):
+        document = rng.choices(ids["train"], [len(d) for d in ids["train"]])[0]
+        start = rng.randrange(max(1, len(document) - length))
+        piece = document[start : start + length]
+        lines.append(json.dumps({"prompt_ids": piece[:32], "response_ids": piece[32:]}))
+    (out / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    prompts = []
+    for document in sorted((d for d in ids["test"] if len(d) > 400), key=len)[:48]:
+        start = rng.randrange(len(document) - 256)
+        prompts.append(json.dumps({"prompt": tokenizer.decode(document[start : start + 128])}))
+    (out / "heldout.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    print(f"text: {rows} rows, {len(prompts)} held-out prompts")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="directory of Qwen2.5-Coder-0.5B-Instruct")
+    parser.add_argument("--out", type=Path, required=True, help="where target/, drafter/ and the text go")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens kept, three special ones besides")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 23], help="layers of the drafter")
+    parser.add_argument("--rows", type=int, default=600, help="training rows")
+    parser.add_argument("--length", type=int, default=288, help="tokens per row")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these, in order")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = {
+        "target": lambda: make_target(args.model, args.out, args.vocabulary),
+        "drafter": lambda: make_drafter(args.out, args.layers),
+        "text": lambda: make_text(args.out, args.rows, args.length),
+    }
+    for stage in [s for s in STAGES if s in args.stages]:
+        run[stage]()
+
+
+if __name__ == "__main__":
+    main()
