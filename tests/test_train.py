@@ -287,7 +287,10 @@ def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> Non
     assert len(set(plain["overlap"])) == 1 and plain["overlap"] != trained["overlap"]
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    folder: Path, tmp_path: Path, torn: bool, monkeypatch
+) -> None:
     run = dict(steps=6, save_every=2)
     train.train(options(folder, tmp_path / "whole", **run))
     calls, forward_kl = [], losses.forward_kl
@@ -298,9 +301,16 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(folder: Path, tmp_pa
             raise KeyboardInterrupt
         return forward_kl(*logits)
 
+    def kill_amid_a_save() -> None:
+        newest = tmp_path / "parts" / "checkpoints" / "checkpoint-4"
+        (newest / "trainer_state.json").unlink()
+        (newest / "optimizer.pt").write_bytes(b"torn")
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(train.LOSSES, "kl", stopping)
         train.train(options(folder, tmp_path / "parts", **run))
+    if torn:
+        kill_amid_a_save()
     train.train(options(folder, tmp_path / "parts", resume=True, **run))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

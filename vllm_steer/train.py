@@ -104,9 +104,7 @@ class TrainConfig:
         for name, values in (allowed | {"keep": ("best", "last")}).items():
             require_one_of(options.flag(name), getattr(self, name), values)
         if self.workers > 1 and not self.ray:
-            raise SteeringError(
-                f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node"
-            )
+            raise SteeringError(f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,11 +142,22 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
 def before_training(config: TrainConfig) -> None:
     """Raises SteeringError unless the output is new, or a stopped run that `--resume` was given for."""
     output = Path(config.output)
-    saved = list((output / "checkpoints").glob("checkpoint-*"))
-    if config.resume and not saved:
+    if config.resume and last_checkpoint(output) is None:
         raise SteeringError(f"{output} has no checkpoint to resume from: start without --resume")
     if not config.resume and output.exists() and any(output.iterdir()):
         raise SteeringError(f"{output} exists and is not empty: give a new directory, or --resume a stopped run")
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is whole: its trainer_state.json is what the Trainer writes last."""
+    found = sorted((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # killed while it was written
+            continue
+        return path
+    return None
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -177,7 +186,8 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
     trainer = _trainer(config, pair, source, len(rows), arguments, judge)
     if config.steps:
-        trainer.train(resume_from_checkpoint=config.resume)
+        last = last_checkpoint(Path(config.output)) if config.resume else None
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not trainer.is_world_process_zero():
         return None
     _round_weights(pair, stored)
