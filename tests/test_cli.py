@@ -36,7 +36,7 @@ def test_help_and_version_do_without_torch() -> None:
         assert shown in out.stdout
 
 
-@pytest.mark.parametrize("verb", ["check", "generate", "train", "bench", "merge", "import"])
+@pytest.mark.parametrize("verb", ["check", "generate", "train", "bench", "push", "merge", "import"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])

@@ -40,6 +40,7 @@ RANK = {  # a module imports only modules of lower rank
     "responses": 5,
     "train": 6,
     "evaluate": 6,
+    "card": 6,
     "cli": 7,
 }
 PUBLIC = {"vllm.LLM", "vllm.SamplingParams", "vllm.sampling_params.RequestOutputKind"}

@@ -30,6 +30,11 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
         "measure acceptance and speed of several drafters of one target in vLLM",
         "--target T --drafters plain=D steered=./drafter-steered --prompts builtin --split test --output ./bench",
     ),
+    "push": (
+        "vllm_steer.card",
+        "write a model card from what is on record, and upload a checkpoint to the hub",
+        "--directory ./drafter-steered --repo OWNER/NAME --bench ./bench --license apache-2.0",
+    ),
 }
 EPILOG = """\
 from a target and a small model of its family to a steered drafter and its table:

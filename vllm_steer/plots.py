@@ -8,12 +8,10 @@ from typing import Any
 
 def plot_training(path: Path, acceptance: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Predicted block efficiency over steps, and acceptance per guide offset before and after."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (curve, offsets) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    curve, offsets = figure.subplots(1, 2)
     for name in ("sampled", "greedy"):
         points = [(0, acceptance["untrained"]["block_efficiency"][name])]
         points += [(entry["step"], entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry]
@@ -27,4 +25,3 @@ def plot_training(path: Path, acceptance: dict[str, Any], history: list[dict[str
     for axes in (curve, offsets):
         axes.legend()
     figure.savefig(path, dpi=100)
-    pyplot.close(figure)

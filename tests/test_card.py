@@ -1,0 +1,101 @@
+"""Sharing: the card says what is on record and nothing else; the upload is huggingface_hub's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from vllm_steer import card, cli
+from vllm_steer.config import SteeringError
+from vllm_steer.provenance import fingerprint
+
+PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
+
+
+@pytest.fixture
+def steered(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PAIR / "steered", tmp_path / "steered"))
+
+
+def bench_of(directory: Path, path: Path) -> Path:
+    """The results.json of a benchmark with one drafter, as `vllm-steer bench` writes it."""
+    row = {"name": "steered", "prompts": 2, "blocks": 9, "tokens_per_block": 2.5, "interval_95": [2.25, 2.75]}
+    row |= {"accepted_at": [0.75, 0.5], "tokens_per_second": 10.0, "drafting_share": 0.25}
+    identity = {"drafter": "x", "adapter": None, "steering_weights": fingerprint(directory / "steering")}
+    environment = {"vllm": "0.32.0", "torch": "2.13.0", "runner": "V1", "dtype": "float32", "eager": True}
+    contender = {"name": "steered", "identity": identity, "steered": True, "peak_memory": [{"resident": 2**30}]}
+    contender |= {"environment": environment | {"cores": 2, "cpu": "a processor"}}
+    contender |= {"origin": {"versions": {"vllm-steer": "0.1.0"}, "date": "2026-11-22T00:00:00"}}
+    settings = {"target": "target", "prompts": "p.jsonl", "number_of_prompts": 2, "max_tokens": 8, "batch": 1, "k": 2}
+    summary = [{"temperature": 0.0, "rows": [row], "pairs": [], "categories": {}}]
+    path.mkdir()
+    results = {"command": "vllm-steer bench", "settings": settings, "contenders": [contender], "summary": summary}
+    (path / "results.json").write_text(json.dumps(results))
+    return path
+
+
+def test_a_card_says_what_is_on_record(steered: Path) -> None:
+    text = card.card(steered, "me/steered")
+    config = json.loads((steered / "steering/config.json").read_text())
+    assert 'vllm serve target --speculative-config \'{"model": "me/steered", "num_speculative_tokens": 5}\'' in text
+    assert str(config["acceptance"]["trained"]["block_efficiency"]["sampled"]) in text
+    assert "Not measured in vLLM" in text and "not a measurement of serving" in text
+    assert config["provenance"]["command"] in json.loads(text.split("```json\n")[1].split("```")[0])["command"]
+
+
+def test_an_adapter_names_its_drafter(tmp_path: Path) -> None:
+    text = card.card(PAIR / "adapter", "me/adapter", license_name="apache-2.0")
+    assert '"model": "drafter"' in text and '{"vllm_steer": {"adapter": "me/adapter"}}' in text
+    assert text.startswith("---\n") and "\nlicense: apache-2.0\n---" in text
+
+
+def test_only_what_was_measured_of_this_checkpoint_is_claimed(steered: Path, tmp_path: Path) -> None:
+    text = card.card(steered, "me/steered", (str(bench_of(steered, tmp_path / "own")),))
+    assert "2.500 [2.250, 2.750]" in text and "Not measured in vLLM" not in text
+    other = bench_of(PAIR / "adapter", tmp_path / "other")
+    with pytest.raises(SteeringError, match="measured other steering weights"):
+        card.card(steered, "me/steered", (str(other),))
+    with pytest.raises(SteeringError, match="is not a benchmark's result"):
+        card.card(steered, "me/steered", (str(tmp_path / "nothing"),))
+
+
+def test_a_checkpoint_without_figures_claims_none(steered: Path) -> None:
+    path = steered / "steering/config.json"
+    config = json.loads(path.read_text()) | {"acceptance": {}, "provenance": {}}
+    path.write_text(json.dumps(config))
+    text = card.card(steered, "me/steered")
+    assert "Predicted" not in text and "Not measured" in text and "Not on record." in text
+
+
+def test_push_uploads_the_directory_with_its_card(steered: Path, monkeypatch: Any, capsys: Any) -> None:
+    """The hub's own client, with its two calls caught: no network here."""
+    calls = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **k: calls.append(k) or "the commit")
+    assert cli.main(["push", "--directory", str(steered), "--repo", "me/steered", "--private"]) == 0
+    assert calls[0] == (("me/steered",), {"private": True, "exist_ok": True})
+    assert calls[1]["folder_path"] == steered and card.OURS in (steered / "README.md").read_text()
+    assert "the commit" in capsys.readouterr().out
+
+
+def test_a_dry_run_only_writes_the_card_and_an_authors_own_card_stays(steered: Path, capsys: Any) -> None:
+    command = ["push", "--directory", str(steered), "--repo", "me/steered", "--dry-run"]
+    assert cli.main(command) == 0 and "nothing was uploaded" in capsys.readouterr().out
+    (steered / "README.md").write_text("mine")
+    assert cli.main(command) == 0 and (steered / "README.md").read_text() == "mine"
+
+
+def test_a_hub_that_cannot_be_reached(steered: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *a, **k: (_ for _ in ()).throw(OSError("no way")))
+    assert cli.main(["push", "--directory", str(steered), "--repo", "me/steered"]) == 1
+    assert "me/steered was not uploaded (OSError: no way)" in capsys.readouterr().err
+
+
+def test_push_wants_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
+    assert cli.main(["push", "--directory", str(tmp_path), "--repo", "me/x", "--dry-run"]) == 1
+    assert "has no steering/ folder" in capsys.readouterr().err and not (tmp_path / "README.md").exists()
