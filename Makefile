@@ -30,8 +30,9 @@ pip = @echo "          pip $(1)"; $(BIN)/python -m pip --disable-pip-version-che
 demo: install
 	$(BIN)/python examples/demo.py --pair $(PAIR) $(ARGS)
 
+# Two processes with one thread each: tiny models gain nothing from threads, and OpenMP's wait for each other spinning.
 test: install triton
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 install: $(VENV)/.installed-$(EXTRA)
 
