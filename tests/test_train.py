@@ -487,6 +487,7 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
         ({"accumulate": 0}, "--accumulate is 0"),
         ({"keep": "first"}, "--keep is 'first'"),
         ({"workers": 2}, "--workers 2 needs --ray"),
+        ({"report_to": ("mail",)}, "--report-to is 'mail', allowed are tensorboard, wandb"),
         ({"target_layers": (0, 1, 3)}, "target_layer_ids"),
         ({"steered_layers": (2,)}, "steered_layers"),
         ({"drafter": "./no/such/directory"}, "cannot load"),
@@ -496,6 +497,12 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
 def test_a_wrong_option_is_named(folder: Path, tmp_path: Path, changes: dict, complaint: str) -> None:
     with pytest.raises(SteeringError, match=complaint):
         train.train(dataclasses.replace(options(folder, tmp_path / "out"), **changes))
+
+
+def test_a_tracker_that_is_not_installed(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(SteeringError, match="pip install wandb"):
+        options(folder, tmp_path / "out", report_to=("wandb",))
 
 
 def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 from dataclasses import MISSING, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,10 @@ class TrainConfig:
         allowed = {"mode": MODES, "loss": LOSSES, "offsets": OFFSET_RULES, "precision": PRECISIONS}
         for name, values in (allowed | {"keep": ("best", "last")}).items():
             require_one_of(options.flag(name), getattr(self, name), values)
+        for name in self.report_to:
+            require_one_of("--report-to", name, ("tensorboard", "wandb"))
+            if find_spec(name) is None:
+                raise SteeringError(f"--report-to {name} needs it: pip install {name}")
         if self.workers > 1 and not self.ray:
             raise SteeringError(f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node")
 
