@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vllm_steer.config import SteeringError
 from vllm_steer.data import Row, collate
+from vllm_steer.response_file import write_json
 
 INDEX = "cache.json"
 
@@ -63,7 +64,7 @@ class StateCache:
                         out.write(name, tensor.view(torch.uint16).numpy().tobytes())
                 out.flush()
                 self.done = first + len(rows)
-                self._write_index()
+                write_json(self.directory / INDEX, {"made_from": self.made_from, "rows": self.done})
                 bar.update(self.starts[self.done] - self.starts[first])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -100,11 +101,6 @@ class StateCache:
             if not kept.exists() or kept.stat().st_size < self.starts[done] * width * 2:
                 raise SteeringError(f"{kept} is shorter than {path} says: delete {self.directory} and start again")
         return done
-
-    def _write_index(self) -> None:
-        new = self.directory / (INDEX + ".new")
-        new.write_text(json.dumps({"made_from": self.made_from, "rows": self.done}) + "\n", encoding="utf-8")
-        os.replace(new, self.directory / INDEX)
 
 
 class _Appenders:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_steer.config import SteeringError
+from vllm_steer.prompts import encode_prompt
 
 FORMS = ({"prompt", "response"}, {"text"}, {"prompt_ids", "response_ids"})
 ALLOWED = '{"prompt", "response"}, {"text"} or {"prompt_ids", "response_ids"}'
@@ -113,10 +114,9 @@ def _prompt(prompt: Any, where: str, tokenizer: Any) -> list[int]:
     if not isinstance(prompt, list):
         return _encode(prompt, f"{where}: prompt", tokenizer, special=True)
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # jinja and transformers raise many types; all mean "not a chat this template takes"
-        raise SteeringError(f"{where}: the chat template refused these messages ({error})") from error
-    return _encode(text, f"{where}: prompt", tokenizer, special=False)
+        return encode_prompt(tokenizer, prompt)
+    except SteeringError as error:
+        raise SteeringError(f"{where}: {error}") from error
 
 
 def _encode(text: Any, what: str, tokenizer: Any, special: bool) -> list[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer import counting, options, provenance, report
-from vllm_steer.config import SteeringError, read_model_config, text_config
+from vllm_steer.config import SteeringError, read_model_config, require_at_least, text_config
 from vllm_steer.contender import NONE, Contender, measure_in_a_process
 from vllm_steer.options import option
 from vllm_steer.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
@@ -68,10 +68,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for name in ("k", "max_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise SteeringError(f"{options.flag(name)} is {getattr(self, name)}, allowed is 1 or more")
-        if self.seed < 0:
-            raise SteeringError(f"--seed is {self.seed}, allowed is 0 or more")
+            require_at_least(options.flag(name), getattr(self, name), 1)
+        require_at_least("--seed", self.seed, 0)
         for value in self.temperature:
             if not (math.isfinite(value) and value >= 0):
                 raise SteeringError(f"--temperature is {value}, allowed is 0 (greedy) or more")

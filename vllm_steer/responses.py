@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer import options
-from vllm_steer.config import SteeringError
+from vllm_steer.config import SteeringError, require_at_least
 from vllm_steer.engine import Engine, EngineConfig, Request, run_on_ray
 from vllm_steer.options import option
 from vllm_steer.prompts import Prompt, encode_prompt, files, is_builtin, read_prompts
@@ -77,10 +77,10 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         for name in ("limit", "samples", "max_tokens", "workers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SteeringError(f"{options.flag(name)} is {value}, allowed is 1 or more")
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise SteeringError(f"--max-model-len is {self.max_model_len}, allowed is 2 or more")
+            if value is not None:
+                require_at_least(options.flag(name), value, 1)
+        if self.max_model_len is not None:
+            require_at_least("--max-model-len", self.max_model_len, 2)
         if not 0 <= self.temperature < math.inf:
             raise SteeringError(f"--temperature is {self.temperature}, allowed is 0 or more")
         if self.temperature == 0 and self.samples > 1:

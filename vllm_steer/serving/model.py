@@ -35,7 +35,7 @@ GATE_FIRST = ("SiluAndMul", "GeluAndMul")
 LISTS = 0  # rows and entries as listed
 SPAN = 1  # consecutive rows, entries as listed
 EACH = 2  # rows 0, 1, ... with entries 1, 2, ...
-ONE = 3  # consecutive rows, all with entry 1
+ONE = 3  # consecutive rows, all with entry 1; the last three read no row numbers but the first
 
 _library = torch.library.Library("vllm_steer", "DEF")
 _library.define(
@@ -174,7 +174,6 @@ class Injection:
         first, n = int(rows.min()), int(rows.max() - rows.min()) + 1
         if n > self.rows.numel():  # a prompt lies between
             return False
-        self.rows[:n] = torch.arange(first, first + n)
         self.requests[:n] = 0
         self.requests[rows - first] = requests
         self._use(n, ONE if int(requests.max()) == 1 and rows.numel() == n else SPAN, first)
