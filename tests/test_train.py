@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from vllm_steer import checkpoint, losses, train
+from vllm_steer.batches import read_data
 from vllm_steer.config import SteeringConfig, SteeringError
 from vllm_steer.data import Row, collate, read_rows, split_rows
 from vllm_steer.pair import (
@@ -30,6 +32,8 @@ from vllm_steer.pair import (
     measure_directory,
     response_mask,
 )
+from vllm_steer.provenance import fingerprint
+from vllm_steer.response_file import meta_path
 from vllm_steer.steering import Steering
 from vllm_steer.train import TrainConfig
 
@@ -503,6 +507,27 @@ def test_a_tracker_that_is_not_installed(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     with pytest.raises(SteeringError, match="pip install wandb"):
         options(folder, tmp_path / "out", report_to=("wandb",))
+
+
+def test_data_of_another_model_is_refused(folder: Path, tmp_path: Path, caplog) -> None:
+    """The sidecar of `vllm-steer generate` says who wrote it: target and drafter may, and one cut short is told."""
+    data = tmp_path / "written.jsonl"
+    shutil.copy(folder / "data.jsonl", data)
+    config = options(folder, tmp_path / "out", data=(str(data),))
+    rows = [read_data(config, AutoTokenizer.from_pretrained(folder / "target"))]
+    for writer, complete in (("target", True), ("drafter", True), ("target", False)):
+        meta = {"model": {"name": writer, "fingerprint": fingerprint(folder / writer)}, "complete": complete}
+        meta_path(data).write_text(json.dumps(meta))
+        caplog.clear()
+        rows.append(read_data(config, AutoTokenizer.from_pretrained(folder / "target")))
+        assert ("is not complete" in caplog.text) is not complete
+    assert all(found == rows[0] for found in rows)
+    meta_path(data).write_text(json.dumps(meta | {"model": {"name": "stranger", "fingerprint": "0" * 64}}))
+    with pytest.raises(SteeringError, match=r"was written by another model \(stranger\)"):
+        train.train(config)
+    meta_path(data).write_text("{}")
+    with pytest.raises(SteeringError, match="written.meta.json is damaged"):
+        train.train(config)
 
 
 def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ def _writer(path: str) -> dict[str, str] | None:
     if not meta.exists():
         return None
     try:
-        return json.loads(meta.read_text(encoding="utf-8"))["model"]
+        found = json.loads(meta.read_text(encoding="utf-8"))
+        if not found["complete"]:
+            logger.warning("%s is not complete: `vllm-steer generate --resume` finishes it", path)
+        return found["model"]
     except (ValueError, KeyError, TypeError) as error:
         raise SteeringError(f"{meta} is damaged ({error}): generate the responses again") from None
 

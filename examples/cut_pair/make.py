@@ -1,10 +1,10 @@
-"""Make the cut pair: a pretrained target small enough to train against on two cores, and a drafter cut from it.
+"""Make the cut pair: a pretrained target small enough to train against on two cores, and a far smaller drafter.
 
 The target is Qwen2.5-Coder-0.5B-Instruct with its vocabulary cut to what Python's standard library uses most:
-the same 24 layers, but a head that fits beside them on a CPU. The drafter is a few layers of the same model. In order:
+the same 24 layers, but a head that fits beside them on a CPU. In order:
 
     target    count tokens over the training files, cut tokenizer and embedding
-    drafter   copy some of the layers
+    drafter   pretrain two small layers on the training files with the target's tokenizer
     text      rows of real text from training files (`train.jsonl`) and prompts from test files (`heldout.jsonl`)
 
     python examples/cut_pair/make.py --model ~/.cache/vllm-steer/qwen_pair/drafter --out cut_pair
@@ -20,6 +20,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,14 +29,15 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 KEPT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 STAGES = ("target", "drafter", "text")
+DRAFTER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def source_files() -> dict[str, list[Path]]:
-    """The standard library by split, as the tiny pair has it."""
+def tiny_pair() -> ModuleType:
+    """The tiny pair's script: the same text, the same way to pretrain."""
     spec = importlib.util.spec_from_file_location("tiny_pair_make", HERE.parent / "tiny_pair" / "make.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    return make.source_files()
+    return make
 
 
 def cut_tokenizer(full: dict[str, Any], counts: Counter[int], size: int) -> tuple[dict[str, Any], list[int]]:
@@ -72,7 +74,7 @@ def make_target(model: Path, out: Path, size: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     counts: Counter[int] = Counter()
-    for path in tqdm(source_files()["train"], desc="counting tokens"):
+    for path in tqdm(tiny_pair().source_files()["train"], desc="counting tokens"):
         counts.update(tokenizer(path.read_text("utf-8", "replace"))["input_ids"])
     cut, old = cut_tokenizer(json.loads((model / "tokenizer.json").read_text("utf-8")), counts, size)
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -99,18 +101,25 @@ def make_target(model: Path, out: Path, size: int) -> None:
           f"{len(new(text)['input_ids'])} tokens, {len(tokenizer(text)['input_ids'])} before")  # fmt: skip
 
 
-def make_drafter(out: Path, layers: list[int]) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def tokenised(out: Path) -> dict[str, list[list[int]]]:
+    """Token ids of every source file, by split, with the cut tokenizer."""
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(out / "target", dtype=torch.bfloat16)
-    model.model.layers = torch.nn.ModuleList([model.model.layers[i] for i in layers])
-    for new, layer in enumerate(model.model.layers):
-        layer.self_attn.layer_idx = new
-    model.config.num_hidden_layers = len(layers)
-    model.config.layer_types = ["full_attention"] * len(layers)
-    model.save_pretrained(out / "drafter")
-    AutoTokenizer.from_pretrained(out / "target").save_pretrained(out / "drafter")
-    print(f"drafter: {model.num_parameters():,} parameters, layers {layers} of the target")
+    tokenizer = AutoTokenizer.from_pretrained(out / "target")
+    files = tiny_pair().source_files()
+    return {s: [tokenizer(p.read_text("utf-8", "replace"))["input_ids"] for p in files[s]] for s in files}
+
+
+def make_drafter(out: Path, steps: int, seed: int) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, work = AutoTokenizer.from_pretrained(out / "target"), out / "work"
+    tokenizer.save_pretrained(work / "tokenizer")
+    for split, documents in tokenised(out).items():
+        ids = [i for document in documents for i in [*document, tokenizer.eos_token_id]]
+        torch.save(torch.tensor(ids, dtype=torch.int16), work / f"{split}.pt")
+        print(f"{split}: {len(ids):,} tokens")
+    tiny_pair().pretrain(work, out / "drafter", DRAFTER, steps, seed)
 
 
 def make_text(out: Path, rows: int, length: int) -> None:
@@ -118,9 +127,7 @@ def make_text(out: Path, rows: int, length: int) -> None:
     from transformers import AutoTokenizer
 
     tokenizer, rng = AutoTokenizer.from_pretrained(out / "target"), random.Random(0)
-    files = source_files()
-    ids = {s: [tokenizer(p.read_text("utf-8", "replace"))["input_ids"] for p in files[s]] for s in ("train", "test")}
-    lines = []
+    ids, lines = tokenised(out), []
     for _ in range(rows):
         document = rng.choices(ids["train"], [len(d) for d in ids["train"]])[0]
         start = rng.randrange(max(1, len(document) - length))
@@ -140,7 +147,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory of Qwen2.5-Coder-0.5B-Instruct")
     parser.add_argument("--out", type=Path, required=True, help="where target/, drafter/ and the text go")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens kept, three special ones besides")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 23], help="layers of the drafter")
+    parser.add_argument("--steps", type=int, default=800, help="pretraining steps of the drafter")
     parser.add_argument("--rows", type=int, default=600, help="training rows")
     parser.add_argument("--length", type=int, default=288, help="tokens per row")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these, in order")
@@ -148,7 +155,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     run = {
         "target": lambda: make_target(args.model, args.out, args.vocabulary),
-        "drafter": lambda: make_drafter(args.out, args.layers),
+        "drafter": lambda: make_drafter(args.out, args.steps, seed=1),
         "text": lambda: make_text(args.out, args.rows, args.length),
     }
     for stage in [s for s in STAGES if s in args.stages]:

@@ -89,16 +89,18 @@ def pretrain(work: Path, directory: Path, sizes: dict[str, int], steps: int, see
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+    end = tokenizer.eos_token_id
     config = Qwen3Config(
         **sizes,
-        vocab_size=VOCAB,
+        vocab_size=len(tokenizer),
         num_key_value_heads=2,
         head_dim=64,  # vLLM's CPU attention takes 32 and 64, not every size
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
+        eos_token_id=end,
+        pad_token_id=end,
     )
     model = Qwen3ForCausalLM(config)
     tokens = torch.load(work / "train.pt").long()
@@ -125,9 +127,9 @@ def pretrain(work: Path, directory: Path, sizes: dict[str, int], steps: int, see
     print(
         f"{directory.name}: {model.num_parameters():,} parameters, loss {held_out_loss(model, work):.3f} (validation)"
     )
-    model.generation_config.eos_token_id = 0
+    model.generation_config.eos_token_id = end
     model.to(torch.bfloat16).save_pretrained(directory)
-    AutoTokenizer.from_pretrained(work / "tokenizer").save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def ramp(step: int, steps: int) -> float:
