@@ -23,6 +23,7 @@ from vllm_steer import checkpoint, losses, train
 from vllm_steer.batches import read_data
 from vllm_steer.config import SteeringConfig, SteeringError
 from vllm_steer.data import Row, collate, read_rows, split_rows
+from vllm_steer.generate import generate
 from vllm_steer.pair import (
     Head,
     Pair,
@@ -31,6 +32,7 @@ from vllm_steer.pair import (
     lazy_deltas,
     measure_directory,
     response_mask,
+    walk,
 )
 from vllm_steer.provenance import fingerprint
 from vllm_steer.response_file import meta_path
@@ -39,6 +41,8 @@ from vllm_steer.train import TrainConfig
 
 VOCAB = 40
 ROOT = Path(__file__).parent.parent
+PAIR = ROOT / "examples/tiny_pair"
+MODELS = ("target", "drafter")
 
 
 def make_tokenizer(words: list[str]) -> object:
@@ -132,7 +136,8 @@ def test_a_loss_in_chunks_has_the_value_and_gradient_of_one_in_float64(name: str
         monkeypatch.setattr(losses, "CHUNK", chunk)
         f, h, b, s = (x.to(dtype).requires_grad_() for x in (final, hidden, big, small))
         heads = (lambda x: head(b, x)), (lambda x: head(s, x))
-        (value,) = losses.summed([losses.LOSSES[name]], *heads, f, h, 13)
+        (values,) = losses.by_position([losses.LOSSES[name]], *heads, f, h, 13)
+        value = values.sum()
         value.backward()
         assert b.grad is None, "the target does not train"
         return value.detach(), h.grad, s.grad
@@ -289,6 +294,44 @@ def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> Non
     assert measure_directory(tmp_path / "target", merged, merged, tmp_path / "held.jsonl", 3) == trained
     plain = measure_directory(tmp_path / "target", merged, tmp_path, tmp_path / "held.jsonl", 3)
     assert len(set(plain["overlap"])) == 1 and plain["overlap"] != trained["overlap"]
+
+
+@pytest.mark.parametrize(
+    ("chances", "expected"),
+    [
+        ([[1, 1, 1, 1, 1, 1]] * 2, (6, 2)),  # newest at 1: drafts 1 and 2, bonus; at 4: drafts 4 and 5
+        ([[0, 0, 0, 0, 0, 0]] * 2, (4, 4)),  # newest at 1, 2, 3, 4; no whole block fits at 5
+        ([[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], (4, 2)),  # at 1 and 3: one draft and the target's own
+        ([[0.5] * 6] * 2, (1.75 * 2.625, 2.625)),  # blocks at 1, 2, 3, 4: 1 + 1/2 + 1/2 + 5/8 of them
+        ([[1, 0, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]], (4, 2)),  # at 1: draft 1 a hit, draft 2 at its second place a miss
+    ],
+)
+def test_blocks_walked_by_hand(chances: list, expected: tuple[float, float]) -> None:
+    """Prompt of one token, row of six, k=2. A block at n drafts at n and n + 1."""
+    assert walk(torch.tensor(chances, dtype=torch.float64)[:, None], [1], [6]) == pytest.approx(expected)
+
+
+def test_a_prediction_on_the_targets_own_greedy_text_is_what_the_reference_loop_does(tmp_path: Path) -> None:
+    """Whole blocks, plain drafter: nothing is approximate there."""
+    target, drafter = (AutoModelForCausalLM.from_pretrained(PAIR / name, dtype=torch.float32) for name in MODELS)
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    lines, blocks, tokens = [], 0, 0
+    for line in (PAIR / "heldout.jsonl").read_text().splitlines()[:6]:
+        prompt = tokenizer(json.loads(line)["prompt"])["input_ids"]
+        found = generate(target, drafter, prompt, k=5, max_new_tokens=48, eos_token_ids=())
+        lines.append(json.dumps({"prompt_ids": prompt, "response_ids": found.tokens}) + "\n")
+        whole = [b for b in found.blocks if b.position + 5 <= len(prompt) + len(found.tokens)]
+        blocks, tokens = blocks + len(whole), tokens + sum(b.accepted + 1 for b in whole)
+    (tmp_path / "own.jsonl").write_text("".join(lines))
+    predicted = measure_directory(PAIR / "target", PAIR / "drafter", PAIR / "drafter", tmp_path / "own.jsonl", 5)
+    assert blocks > 40 and predicted["block_efficiency"]["greedy"] == round(tokens / blocks, 3)
+
+
+def test_responses_shorter_than_a_block_are_refused(folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [1, 2, 3, 4, 5, 6], "response_ids": [1, 2]}] * 4
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SteeringError, match="no held-out response has 3 tokens"):
+        train.train(options(folder, tmp_path / "out", data=(str(tmp_path / "short.jsonl"),)))
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -577,16 +620,15 @@ def test_tiny_pair_is_small_and_its_training_shows(tmp_path: Path) -> None:
 
     The floors lie a little below what was measured when the pair was made (means over offsets: see README there).
     """
-    pair = ROOT / "examples/tiny_pair"
-    assert sum(path.stat().st_size for path in pair.rglob("*") if path.is_file()) < 12e6
-    prompts = [json.loads(line)["prompt"] for line in (pair / "heldout.jsonl").read_text().splitlines()]
+    assert sum(path.stat().st_size for path in PAIR.rglob("*") if path.is_file()) < 12e6
+    prompts = [json.loads(line)["prompt"] for line in (PAIR / "heldout.jsonl").read_text().splitlines()]
     assert len(prompts) == 384
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts[:48]))
     mean = {}
     for name in ("drafter", "adapter", "distilled", "steered"):
-        base = pair / ("drafter" if name == "adapter" else name)
-        overlaps = measure_directory(pair / "target", base, pair / name, data, k=5)["overlap"]
+        base = PAIR / ("drafter" if name == "adapter" else name)
+        overlaps = measure_directory(PAIR / "target", base, PAIR / name, data, k=5)["overlap"]
         mean[name] = sum(overlaps) / 5
     assert mean["drafter"] + 0.003 < mean["adapter"], mean
     assert mean["drafter"] + 0.05 < mean["distilled"] < mean["steered"] - 0.003, mean

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2**25  # logits held at a time by `summed`: 128 MiB in float32
+CHUNK = 2**25  # logits held at a time by `by_position`: 128 MiB in float32
 
 
 def forward_kl(target: Tensor, drafter: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ LOSSES: dict[str, Distance] = {
 }
 
 
-def summed(
+def by_position(
     functions: Sequence[Distance],
     target_head: Callable[[Tensor], Tensor],
     drafter_head: Callable[[Tensor], Tensor],
@@ -77,7 +77,7 @@ def summed(
     drafter: Tensor,
     vocab_size: int,
 ) -> Tensor:
-    """Sums over N positions of each function, from last hidden states [N, H1] and [N, H2]: [len(functions)] float32.
+    """Each function at N positions, from last hidden states [N, H1] and [N, H2]: float32 [len(functions), N].
 
     Logits exist for CHUNK / vocab_size positions at a time and are computed again for the gradient, so memory grows
     with neither vocabulary x positions nor N.
@@ -85,15 +85,13 @@ def summed(
 
     def part(wanted: Tensor, hidden: Tensor) -> Tensor:
         logits = target_head(wanted).detach(), drafter_head(hidden)
-        return torch.stack([function(*logits).sum() for function in functions])
+        return torch.stack([function(*logits) for function in functions])
 
     rows = max(1, CHUNK // vocab_size)
     if drafter.shape[0] <= rows:
         return part(target, drafter)
-    total = torch.zeros(len(functions), device=drafter.device)
-    for pieces in zip(target.split(rows), drafter.split(rows), strict=True):
-        total = total + checkpoint(part, *pieces, use_reentrant=False)
-    return total
+    pieces = zip(target.split(rows), drafter.split(rows), strict=True)
+    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces], dim=1)
 
 
 def _log_probs(target: Tensor, drafter: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from vllm_steer import checkpoint
 from vllm_steer.config import SteeringError, default_target_layers
 from vllm_steer.data import collate, read_rows
 from vllm_steer.drafter import attach, decoder_layers
-from vllm_steer.losses import Distance, agreement, overlap, summed
+from vllm_steer.losses import Distance, agreement, by_position, overlap
 from vllm_steer.steering import Steering
 
 OFFSET_RULES = {
@@ -94,14 +94,14 @@ class Pair(nn.Module):
         return out.last_hidden_state[response_mask(batch)]
 
     def compare(self, functions: Sequence[Distance], batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
-        """Sums over the N response positions of each function of (target logits, drafter logits)."""
+        """Each function of (target logits, drafter logits) at the N response positions: float32 [len(functions), N]."""
         final = batch["final"][response_mask(batch)]
         heads = self._target_head[0], Head(self.drafter)
-        return summed(functions, *heads, final, self.hidden(batch, source), self.drafter.config.vocab_size)
+        return by_position(functions, *heads, final, self.hidden(batch, source), self.drafter.config.vocab_size)
 
     def forward(self, source: Tensor, **batch: Tensor) -> Tensor:
         """The mean of `self.loss` over response positions, a scalar."""
-        return self.compare([self.loss], batch, source)[0] / response_mask(batch).sum()
+        return self.compare([self.loss], batch, source).mean()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What trains and nothing else: a resumable checkpoint need not carry frozen weights or tied copies."""
@@ -202,32 +202,71 @@ def response_mask(batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[str, Any]:
-    """Predicted acceptance per offset on held-out batches that hold the target's `states` and `final`.
+    """Predicted acceptance on held-out batches that hold the target's `states` and `final`.
 
-    `overlap` is the mean of sum min(p, q), what sampling at temperature 1 accepts; `greedy` is how often both choose
-    the same token. Every response position is steered from d back (rather than one guide per block), so this predicts
-    serving and does not replay it. `block_efficiency` (tokens per block, the target's own included) treats offsets as
-    independent.
+    `overlap` is, per offset, the mean of sum min(p, q), what sampling at temperature 1 accepts; `greedy` is how often
+    both choose the same token. `block_efficiency` (tokens per block, the target's own included) walks blocks over the
+    rows (`walk`). Texts are teacher forced, and every response position is steered from d back rather than from its own
+    block's guide: this predicts serving of texts like these and does not replay it.
+
+    Raises SteeringError when no row is long enough for one block.
     """
     sums, count = torch.zeros(2, k, dtype=torch.float64), 0
+    tokens, blocks = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     device = next(pair.parameters()).device
     for batch in batches:
         batch = {name: x.to(device) for name, x in batch.items()}
-        count += int(response_mask(batch).sum())
+        mask = response_mask(batch).cpu()
+        found = []
         for d in range(1, k + 1 if pair.steering is not None else 2):
             source = fixed_sources(batch["prompt_lengths"], batch["attention_mask"].shape[1], d)
-            sums[:, d - 1] += pair.compare([overlap, agreement], batch, source).double().cpu()
-    if pair.steering is None:  # the same at every offset
-        sums[:] = sums[:, :1].clone()
-    means = sums / count
-    efficiency = (1 + means.cumprod(dim=1).sum(dim=1)).tolist()
-    overlaps, greedy = ([round(x, 4) for x in row] for row in means.tolist())
+            found.append(pair.compare([overlap, agreement], batch, source).double().cpu())
+        chances = torch.stack((found * k)[:k])  # without steering the same at every offset
+        sums, count = sums + chances.sum(-1).T, count + int(mask.sum())
+        placed = torch.zeros(k, 2, *mask.shape, dtype=torch.float64)
+        placed[:, :, mask] = chances
+        for name in range(2):
+            more = walk(placed[:, name], batch["prompt_lengths"].tolist(), batch["attention_mask"].sum(1).tolist())
+            tokens[name], blocks[name] = tokens[name] + more[0], blocks[name] + more[1]
+    if not blocks.all():
+        raise SteeringError(f"no held-out response has {k} tokens, which a block of k={k} takes: give longer ones")
+    overlaps, greedy = ([round(x, 4) for x in row] for row in (sums / count).tolist())
+    sampled, greedily = (tokens / blocks).tolist()
     return {
         "overlap": overlaps,
         "greedy": greedy,
-        "block_efficiency": {"sampled": round(efficiency[0], 3), "greedy": round(efficiency[1], 3)},
+        "block_efficiency": {"sampled": round(sampled, 3), "greedy": round(greedily, 3)},
         "positions": count,
     }
+
+
+def walk(chances: Tensor, prompt_lengths: list[int], lengths: list[int]) -> tuple[float, float]:
+    """Expected tokens and blocks when rows are served block by block, whole blocks only.
+
+    A block whose newest token is at n drafts from positions n..n+k-1 and ends at its first rejection; the next begins
+    after the token the target then adds. So a stretch that is hard to draft weighs as many blocks as it takes.
+
+    Args:
+        chances: float64 [k, B, T], [d - 1, b, p] = the probability that the draft made at position p, d after its
+            guide's state, is accepted; 0 or 1 for greedy drafts.
+    """
+    k, tokens, blocks = len(chances), 0.0, 0.0
+    for row, (first, end) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        table = chances[:, row].tolist()
+        begins = [0.0] * (end + 1)  # probability that a block's newest token is here
+        begins[min(first, end)] = 1.0
+        for n in range(first, end - k + 1):
+            blocks += begins[n]
+            reached = begins[n]
+            for d in range(k):
+                tokens += reached  # the token of this depth: an accepted draft or the target's own after a rejection
+                accepted = reached * table[d][n + d]
+                begins[n + d + 1] += reached - accepted
+                reached = accepted
+            tokens += reached  # the bonus
+            if n + k + 1 <= end:
+                begins[n + k + 1] += reached
+    return tokens, blocks
 
 
 def load_tokenizer(target: str, drafter: str) -> Any:
