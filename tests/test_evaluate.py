@@ -206,6 +206,7 @@ GOOD = {"prompts": "p.jsonl", "output": "out", "target": "t", "drafters": ("plai
         ({"target": None}, "nothing to measure"),
         ({"engine": "{"}, "--engine is not valid JSON"),
         ({"engine": "[]"}, "allowed is a JSON object"),
+        ({"chat_template_kwargs": "[]"}, "--chat-template-kwargs is .., allowed is a JSON object"),
         ({"engine": '{"max_num_seqs": 4}'}, "--engine has 'max_num_seqs'"),
         ({"url": "http://localhost:1"}, "leave out --target"),
         ({"model": "m"}, "give --url"),

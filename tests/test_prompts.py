@@ -125,6 +125,8 @@ def test_token_ids_of_a_prompt() -> None:
     tokenizer.add_bos_token = True
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'A:' if add_generation_prompt }}"
     assert encode_prompt(tokenizer, CHAT) == tokenizer("Be brief.HelloA:", add_special_tokens=False)["input_ids"]
+    tokenizer.chat_template = "{{ loud and 'LOUD' }}{{ messages[0].content }}"
+    assert encode_prompt(tokenizer, CHAT, {"loud": True}) == tokenizer("LOUDBe brief.")["input_ids"][1:]
     tokenizer.chat_template = "{{ raise_exception('no system messages here') }}"
     with pytest.raises(SteeringError, match="template refused these messages .no system messages here"):
         encode_prompt(tokenizer, CHAT)

@@ -22,9 +22,11 @@ from typing import Any
 
 import pytest
 from engines import ENV, runner_env
+from transformers import AutoTokenizer
 
 from vllm_steer import options, responses
 from vllm_steer.config import SteeringError
+from vllm_steer.prompts import read_prompts
 from vllm_steer.provenance import fingerprint
 from vllm_steer.response_file import ResponseFile, meta_path
 from vllm_steer.responses import GenerateConfig, generate, response_seed
@@ -415,8 +417,9 @@ with ResponseFile({str(path)!r}, resume=False) as file:
         ({"temperature": float("nan")}, "--temperature is nan"),
         ({"temperature": 0.0}, "--samples is 2 and greedy responses are all the same"),
         ({"output": "out.json"}, "--output is out.json, allowed is a name that ends in .jsonl"),
-        ({"engine": "dtype=float32"}, "--engine is not JSON"),
+        ({"engine": "dtype=float32"}, "--engine is not valid JSON"),
         ({"engine": "[1]"}, "--engine is .1., allowed is a JSON object"),
+        ({"chat_template_kwargs": "no"}, "--chat-template-kwargs is not valid JSON"),
         ({"engine": '{"max_model_len": 5}'}, "--engine has 'max_model_len', which is not for it: use --max-model-len"),
         ({"split": "dev"}, "split is 'dev'"),
         ({"prompts": "./none.jsonl"}, "cannot read none.jsonl"),
@@ -446,13 +449,18 @@ def test_what_vllm_refuses_is_told(folder: Path, jobs: Jobs, tmp_path: Path) -> 
 def test_prompts_that_no_one_can_answer(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A chat template that refuses every chat: each is dropped, told and nothing is written, nor an engine started."""
     shutil.copytree(folder / "model", tmp_path / "model")
-    (tmp_path / "model/chat_template.jinja").write_text("{{ raise_exception('I take no chats') }}")
+    template = "{{ 'yes' if willing else raise_exception('I take no chats') }}"
+    (tmp_path / "model/chat_template.jinja").write_text(template)
     config = config_of(folder, tmp_path / "out.jsonl", model=str(tmp_path / "model"), split="test")
     with pytest.raises(SteeringError, match="no prompt of .* could be answered: all were dropped, see above"):
         generate(config)
     dropped = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
     assert len(dropped) == 4 and dropped[0].startswith("prompt line-23 dropped: the chat template refused")
     assert not list(tmp_path.glob("out*"))
+    config = dataclasses.replace(config, chat_template_kwargs='{"willing": true}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    asked = list(responses._requests(config, read_prompts(config.prompts, "test"), tokenizer, set(), {}))
+    assert {tuple(request.prompt_ids) for request in asked} == {tuple(tokenizer("yes")["input_ids"])}
 
 
 # --- the fingerprint ------------------------------------------------------------------------------------------------

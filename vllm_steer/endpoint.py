@@ -37,8 +37,11 @@ def measure(
     temperatures: tuple[float, ...],
     batch: int,
     seed: int,
+    template: dict[str, Any] | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Send every prompt at every temperature, `batch` at a time; prompt i with seed + i.
+
+    `template` has variables for the server's chat template.
 
     Returns the served model (the first one when `model` is None) and parts like those of evaluate.summarise. Raises
     SteeringError when the server does not answer, does not speculate, or refuses every prompt.
@@ -50,6 +53,7 @@ def measure(
     client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600, max_retries=0)
     model = model or _first_model(client)
     asked = {"model": model, "max_tokens": max_tokens}
+    asked |= {"extra_body": {"chat_template_kwargs": template}} if template else {}
     return model, [_measure(client, url, prompts, batch, seed, asked | {"temperature": t}) for t in temperatures]
 
 

@@ -61,6 +61,9 @@ class BenchConfig:
         None, f"tokens of prompt and answer (default: what all models take, at most {LONGEST})", type=int
     )
     engine: str = option("{}", 'more engine arguments of vLLM as JSON, e.g. \'{"dtype": "float32"}\'', metavar="JSON")
+    chat_template_kwargs: str = option(
+        "{}", "variables of the chat template as JSON, e.g. '{\"enable_thinking\": false}'", metavar="JSON"
+    )
     seed: int = option(0, "of the sampled answers: prompt i is sampled with seed + i")
     resume: bool = option(False, "keep what the output holds, measure what is missing")
     url: str | None = option(None, "measure a running server instead of --target, e.g. http://localhost:8000", type=str)
@@ -86,7 +89,7 @@ class BenchConfig:
         names = [NONE, *(contender.name for contender in self.contenders if contender.drafter)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SteeringError(f"--drafters has the name {min(twice)!r} twice, or it is {NONE!r}: give each its own")
-        self.engine_options  # noqa: B018 - refuses what is not usable
+        self.engine_options, self.template_options  # noqa: B018 - refuses what is not usable
 
     @property
     def contenders(self) -> list[Contender]:
@@ -104,16 +107,16 @@ class BenchConfig:
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """`engine`, parsed. Raises SteeringError for anything but a JSON object."""
-        try:
-            found = json.loads(self.engine)
-        except ValueError as error:
-            raise SteeringError(f'--engine is not valid JSON ({error}): e.g. \'{{"dtype": "float32"}}\'') from None
-        if not isinstance(found, dict):
-            raise SteeringError(f"--engine is {found!r}, allowed is a JSON object of vLLM's engine arguments")
+        """`engine`, parsed. Raises SteeringError for arguments that counting depends on."""
+        found = options.json_object("engine", self.engine)
         if taken := [key for key in found if key in OWN_OPTIONS]:
             raise SteeringError(f"--engine has {taken[0]!r}, which the benchmark sets itself: leave it out")
         return found
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, parsed."""
+        return options.json_object("chat_template_kwargs", self.chat_template_kwargs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,6 +173,7 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
 
     prompts = config.read_prompts()
     asked = {"max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
+    asked |= {"template": config.template_options} if config.template_options else {}
     model, parts = endpoint.measure(config.url, config.model, prompts, temperatures=config.temperature, **asked)
     return {
         "title": f"A running server of `{model}`",
@@ -240,7 +244,7 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     tokenizer = AutoTokenizer.from_pretrained(config.target)
     kept, dropped = [], []
     for prompt in config.read_prompts():
-        ids = encode_prompt(tokenizer, prompt.prompt)
+        ids = encode_prompt(tokenizer, prompt.prompt, config.template_options)
         if 0 < len(ids) <= most:
             kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
         else:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 from typing import Any, TypeVar
+
+from vllm_steer.config import SteeringError
 
 Config = TypeVar("Config")
 
@@ -39,6 +42,17 @@ def from_arguments(config: type[Config], args: argparse.Namespace) -> Config:
 def flag(name: str) -> str:
     """A field's name as it is typed: max_tokens is --max-tokens."""
     return "--" + name.replace("_", "-")
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The value of an option that takes a JSON object. Raises SteeringError for anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise SteeringError(f"{flag(name)} is not valid JSON ({error}): give an object, '{{\"key\": value}}'") from None
+    if not isinstance(found, dict):
+        raise SteeringError(f"{flag(name)} is {text}, allowed is a JSON object, '{{\"key\": value}}'")
+    return found
 
 
 def command(verb: str, values: dict[str, Any]) -> str:

@@ -86,15 +86,18 @@ def read_prompts(source: str, split: str | None = None) -> list[Prompt]:
     return kept
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, prompt: str | list[dict[str, Any]], template: dict[str, Any] | None = None
+) -> list[int]:
     """Token ids of a prompt: a text as the tokenizer takes it, messages through its chat template up to the answer.
 
+    `template` has further variables for the template, like {"enable_thinking": False}.
     Raises SteeringError for messages that the template refuses.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **(template or {}))
     except Exception as error:  # jinja and transformers raise many types; all mean "not a chat this template takes"
         raise SteeringError(f"the chat template refused these messages ({error})") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]

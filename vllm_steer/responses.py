@@ -70,6 +70,9 @@ class GenerateConfig:
         None, "context: prompts without room in it are dropped (default: the model's own)", type=int
     )
     engine: str = option("{}", 'further vLLM engine arguments in JSON, like {"dtype": "float32"}')
+    chat_template_kwargs: str = option(
+        "{}", 'variables of the chat template in JSON, like {"enable_thinking": false}: those you serve with'
+    )
     resume: bool = option(False, "go on with an output that was interrupted")
     ray: bool = option(False, "one engine per Ray actor, on the cluster of RAY_ADDRESS or else a local one")
     workers: int = option(1, "engines with --ray")
@@ -89,19 +92,19 @@ class GenerateConfig:
             raise SteeringError(f"--workers is {self.workers}: several engines need --ray")
         if Path(self.output).suffix != ".jsonl":
             raise SteeringError(f"--output is {self.output}, allowed is a name that ends in .jsonl")
+        self.template_options  # noqa: B018 - refuses what is not usable
         if taken := sorted(set(OURS) & set(self.engine_options)):
             raise SteeringError(f"--engine has {taken[0]!r}, which is not for it: use {options.flag(taken[0])}")
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """`engine`, parsed. Raises SteeringError if it is not a JSON object."""
-        try:
-            found = json.loads(self.engine)
-        except ValueError as error:
-            raise SteeringError(f'--engine is not JSON ({error}): give an object like {{"dtype": "float32"}}') from None
-        if not isinstance(found, dict):
-            raise SteeringError(f'--engine is {self.engine}, allowed is a JSON object like {{"dtype": "float32"}}')
-        return found
+        """`engine`, parsed."""
+        return options.json_object("engine", self.engine)
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, parsed."""
+        return options.json_object("chat_template_kwargs", self.chat_template_kwargs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +214,7 @@ def _requests(
         if not samples or prompt.id in dropped:
             continue
         try:
-            ids = encode_prompt(tokenizer, prompt.prompt)
+            ids = encode_prompt(tokenizer, prompt.prompt, config.template_options)
         except SteeringError as error:
             _drop(dropped, prompt.id, str(error))
             continue
@@ -255,7 +258,9 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
     given = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     given |= {name: public_name(given[name]) for name in ("model", "prompts", "output")}
     given["engine"] = json.dumps(engine) if engine else None
+    given["chat_template_kwargs"] = json.dumps(config.template_options) if config.template_options else None
     sampling = {name: given[name] for name in ("samples", "max_tokens", "temperature", "seed", "max_model_len")}
+    sampling["chat_template_kwargs"] = config.template_options
     sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in files(config.prompts))).hexdigest()
     meta = {
         "complete": False,

@@ -123,21 +123,21 @@ def make_drafter(out: Path, steps: int, seed: int) -> None:
 
 
 def make_text(out: Path, rows: int, length: int) -> None:
-    """Rows of `length` tokens at random places of the training files, 32 of them a prompt; 48 held-out prompts."""
+    """Rows of `length` tokens at random places of the training files, 32 of them a prompt; 160 held-out prompts."""
     from transformers import AutoTokenizer
 
     tokenizer, rng = AutoTokenizer.from_pretrained(out / "target"), random.Random(0)
-    ids, lines = tokenised(out), []
-    for _ in range(rows):
-        document = rng.choices(ids["train"], [len(d) for d in ids["train"]])[0]
-        start = rng.randrange(max(1, len(document) - length))
-        piece = document[start : start + length]
-        lines.append(json.dumps({"prompt_ids": piece[:32], "response_ids": piece[32:]}))
+    ids = tokenised(out)
+
+    def cut(split: str, size: int) -> list[int]:
+        document = rng.choices(ids[split], [len(d) for d in ids[split]])[0]
+        start = rng.randrange(max(1, len(document) - size))
+        return document[start : start + size]
+
+    pieces = [cut("train", length) for _ in range(rows)]
+    lines = [json.dumps({"prompt_ids": piece[:32], "response_ids": piece[32:]}) for piece in pieces]
     (out / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    prompts = []
-    for document in sorted((d for d in ids["test"] if len(d) > 400), key=len)[:48]:
-        start = rng.randrange(len(document) - 256)
-        prompts.append(json.dumps({"prompt": tokenizer.decode(document[start : start + 128])}))
+    prompts = [json.dumps({"prompt": tokenizer.decode(cut("test", 128))}) for _ in range(160)]
     (out / "heldout.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     print(f"text: {rows} rows, {len(prompts)} held-out prompts")
 
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where target/, drafter/ and the text go")
     parser.add_argument("--vocabulary", type=int, default=4096, help="tokens kept, three special ones besides")
     parser.add_argument("--steps", type=int, default=800, help="pretraining steps of the drafter")
-    parser.add_argument("--rows", type=int, default=600, help="training rows")
+    parser.add_argument("--rows", type=int, default=1000, help="training rows")
     parser.add_argument("--length", type=int, default=288, help="tokens per row")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these, in order")
     args = parser.parse_args()
