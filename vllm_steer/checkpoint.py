@@ -3,7 +3,7 @@
 DIR/config.json, model.safetensors, ...   the drafter (absent in an adapter)
 DIR/steering/config.json                  SteeringConfig
 DIR/steering/model.safetensors            fuse.*, norm.*, project.*
-DIR/steering/golden.safetensors           states [4, 3H] and the deltas [4, L, F] they must give
+DIR/steering/golden.safetensors           states [4, 3H] and the deltas [4, L, F] they must give; metadata: the layers
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,14 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
 
     Raises SteeringError when it is neither a directory nor a repository that can be fetched.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long; the home of an unknown user
+        raise SteeringError(f"{source}: not a usable path ({error}): give a directory or a hub id OWNER/NAME") from None
+    if is_directory:
         return path
-    if path.exists():
+    if exists:
         raise SteeringError(f"{source} is a file: give the directory that has the {FOLDER}/ folder")
     looks_local = path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") != 1
     if looks_local:
@@ -75,9 +81,9 @@ def save(directory: str | Path, steering: Steering) -> Path:
 
     Weights keep their dtype; the golden deltas are computed in float32 from the weights as stored. (A kill between
     the two renames at the end leaves the old folder under the name .steering-old, and nothing half-written.)
+    Raises SteeringError for weights that are not finite, OSError naming the folder when it cannot be written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in steering.state_dict().items()}
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -85,17 +91,23 @@ def save(directory: str | Path, steering: Steering) -> Path:
     check = Steering(steering.config)
     check.load_state_dict(weights)
     states = golden_states(steering.config)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=directory))
+    temporary = None
     try:
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=directory))
         (temporary / "config.json").write_text(json.dumps(steering.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         save_file(weights, temporary / "model.safetensors")
-        save_file({"states": states, "deltas": check(states).contiguous()}, temporary / "golden.safetensors")
+        golden = {"states": states, "deltas": check(states).contiguous()}
+        save_file(golden, temporary / "golden.safetensors", metadata={"layers": _layers(steering.config)})
         temporary.chmod(0o755)  # mkdtemp and safetensors write for the owner alone; servers run as somebody else
         for name in FILES:
             (temporary / name).chmod(0o644)
         _swap(temporary, directory / FOLDER, directory / OLD)
+    except (OSError, SafetensorError) as error:  # neither says where when the disk is full
+        raise OSError(f"cannot write {directory / FOLDER}: {error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return directory / FOLDER
 
 
@@ -132,15 +144,18 @@ def load(directory: str | Path) -> Steering:
     if not folder.is_dir():
         raise SteeringError(_no_folder(directory))
     _refuse_pickles(folder)
+    for name in FILES:
+        own_file(folder / name, directory)
     config = SteeringConfig.read(folder / "config.json")
     try:
         steering = Steering(config, device="meta")
     except (RuntimeError, TypeError):  # torch cannot count so many elements
-        sizes = f"hidden size {config.target.hidden_size}, projection {config.projection_size}"
-        raise SteeringError(f"{folder / 'config.json'}: {sizes}: beyond any model; copy the file again") from None
+        sizes = "hidden_size, intermediate_size or rank"  # not their values: thousands of digits, in a fuzzed file
+        raise SteeringError(f"{folder / 'config.json'}: {sizes} is beyond any model; copy the file again") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in steering.state_dict().items()}
     weights = _read_tensors(folder / "model.safetensors", wanted)
-    steering.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
+    # Copies: what safetensors hands out is the file itself, and whoever writes to it would change a running server.
+    steering.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in weights.items()}, assign=True)
     _check_golden(folder / "golden.safetensors", steering)
     return steering.requires_grad_(False)
 
@@ -166,13 +181,55 @@ def merge_adapter(adapter: str | Path, drafter: str | Path, output: str | Path) 
     have, want = drafter_shape(steering.config.drafter.name, read_model_config(drafter)), steering.config.drafter
     if have != want:
         raise SteeringError(f"{drafter} is {have}, the adapter is for {want}: give the drafter it was trained with")
-    output.mkdir(parents=True, exist_ok=True)
-    for item in sorted(drafter.iterdir()):
-        if item.is_file():
-            shutil.copyfile(item, output / item.name)  # not its mode: the source may be read-only
-    save(output, steering)
-    mark(output)
+    with filling(output):
+        save(output, steering)  # first: whatever happens next, the drafter is never there without it
+        copy_files(drafter, output)
+        mark(output)
     return output
+
+
+@contextmanager
+def filling(output: Path) -> Iterator[None]:
+    """Make the new directory `output` and let the block fill it; after any error nothing of it is left.
+
+    Raises SteeringError naming the directory when a file cannot be read or written, a full disk for one.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        shutil.rmtree(output, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise SteeringError(f"{output} cannot be written ({error}): nothing of it was kept") from error
+        raise
+
+
+def copy_files(source: Path, output: Path, wanted: Callable[[Path], bool] = lambda item: True) -> None:
+    """Copy the files of a model directory, none of which may be a link that leads out of it."""
+    for item in sorted(source.iterdir()):
+        if item.is_file() and wanted(item):
+            shutil.copyfile(own_file(item, source), output / item.name)  # not its mode: the source may be read-only
+
+
+def own_file(path: Path, directory: Path) -> Path:
+    """`path` if it is a plain file inside `directory`, or absent; in the hub's cache files are links to its blobs.
+
+    A directory from elsewhere could otherwise have any file of this machine copied and published, by a link to it.
+    Raises SteeringError for a link that leads out, a pipe or a device.
+    """
+    home = directory.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # REPOSITORY/snapshots/REVISION; blobs of the repository, or of all of them
+        allowed += [(place / "blobs").resolve() for place in home.parents[1:3]]
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise SteeringError(f"{path} is a link that leads nowhere ({error}): copy the file itself there") from None
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise SteeringError(f"{path} is a link out of {directory}, to {real}: copy the file itself there")
+    if real.exists() and not real.is_file():
+        raise SteeringError(f"{path} is not a plain file: copy it again")
+    return path
 
 
 def refuse_used(output: Path) -> None:
@@ -215,7 +272,7 @@ def _read_tensors(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, T
             tensors = {name: file.get_tensor(name) for name in wanted}
     except FileNotFoundError:
         raise SteeringError(f"{path} is missing: copy the whole {FOLDER}/ folder again") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # torch's: too large to be mapped
         if isinstance(error, SteeringError):
             raise
         raise SteeringError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from None
@@ -234,11 +291,22 @@ def _read_tensors(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, T
     return tensors
 
 
+def _layers(config: SteeringConfig) -> str:
+    """Which layers are read and steered: what no shape and no delta tells."""
+    return f"target {list(config.target_layer_ids)}, drafter {list(config.steered_layers)}"
+
+
 @torch.no_grad()
 def _check_golden(path: Path, steering: Steering) -> None:
     config = steering.config
     shape = (GOLDEN_ROWS, config.num_steered, config.drafter.intermediate_size)
     golden = _read_tensors(path, {"states": (GOLDEN_ROWS, 3 * config.target.hidden_size), "deltas": shape})
+    with safe_open(path, framework="pt") as file:
+        layers = (file.metadata() or {}).get("layers", _layers(config))  # absent: saved before it was recorded
+    if layers != _layers(config):
+        raise SteeringError(
+            f"{path} was recorded for layers {layers}, config.json names {_layers(config)}: copy both files again"
+        )
     found = steering(golden["states"].float())
     error = (found - golden["deltas"].float()).abs().max().item()
     allowed = GOLDEN_TOLERANCE * max(GOLDEN_FLOOR, golden["deltas"].float().abs().max().item())

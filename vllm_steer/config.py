@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,12 +143,15 @@ class SteeringConfig:
     def read(cls, path: Path) -> SteeringConfig:
         """Read `steering/config.json`. Raises SteeringError if it is absent, not JSON, or not valid."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            config = cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+            config.to_dict()  # nested deeper than it can be copied: better told now than when it is saved again
+        except SteeringError:
+            raise
         except OSError as error:
             raise SteeringError(f"cannot read {path}: {error.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 4,300 digits
             raise SteeringError(f"{path} is not valid JSON ({error}): copy the file again from its source") from None
-        return cls.from_dict(raw, str(path))
+        return config
 
 
 def text_config(hf_config: Any) -> Any:
@@ -157,13 +161,16 @@ def text_config(hf_config: Any) -> Any:
 
 
 def read_model_config(source: str | Path) -> Any:
-    """The transformers config of a model directory or hub id. Raises SteeringError if there is none to read."""
+    """The transformers config of a model directory or hub id. Raises SteeringError if there is none to read.
+
+    Code that comes with a model is never run, and transformers is not let ask whether to.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    except Exception as error:  # a wrong value in the file surfaces there as whatever it breaks first
+        reason = " ".join(line.strip() for line in str(error).strip().split("\n")[:2])
         raise SteeringError(
             f"cannot read the model config of {source} ({reason}): give a model directory or a hub id"
         ) from None
@@ -265,6 +272,7 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         raise SteeringError(f"{where} is {raw!r}, allowed is an object")
     _check_keys(cls, raw, where)
-    if not isinstance(raw["name"], str):
-        raise SteeringError(f"{where}.name is {raw['name']!r}, allowed is a string")
+    name = raw["name"]  # it is printed, and half a character or a terminal's control codes must not be
+    if not isinstance(name, str) or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+        raise SteeringError(f"{where}.name is {name!r}, allowed is a string without control characters")
     return cls(**raw)

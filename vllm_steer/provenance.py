@@ -53,9 +53,10 @@ def fingerprint(model: str | Path) -> str:
     directory, weights = _locate(str(model))
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        lasting = json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise SteeringError(f"cannot read the config.json of {model} ({error}): give a model directory") from None
-    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k not in VOLATILE}, sort_keys=True).encode())
+    digest = hashlib.sha256(lasting.encode())
     for path in weights:
         size = path.stat().st_size
         digest.update(f"\n{size}\n".encode())
@@ -72,11 +73,24 @@ def _locate(model: str) -> tuple[Path, list[Path]]:
         directory = Path(model) if Path(model).is_dir() else _snapshot(model, pattern)
         index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
         if index is not None:  # a repository may hold other copies beside the files its index names
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return directory, [directory / name for name in sorted(set(names))]
+            return directory, [directory / name for name in _indexed(index)]
         if found := sorted(directory.glob(pattern)):
             return directory, found
     raise SteeringError(f"{model} has no weights (*.safetensors or *.bin): give a model directory or a hub id")
+
+
+def _indexed(index: Path) -> list[str]:
+    """The weight files an index names, in order: all of them beside it, whatever it says."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        strange = [name for name in names if Path(name).name != name or not (index.parent / name).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SteeringError(f"cannot read {index} ({type(error).__name__}: {error}): copy it again") from None
+    if not names:
+        raise SteeringError(f"{index} names no weight file: copy the whole model again")
+    if strange:
+        raise SteeringError(f"{index} names {strange[0]!r}, which is no file beside it: copy the whole model again")
+    return names
 
 
 def _snapshot(model: str, pattern: str) -> Path:

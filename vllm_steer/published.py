@@ -7,7 +7,6 @@ The state dict holds the fine-tuned drafter under `d_base.` (each steered decode
 from __future__ import annotations
 
 import json
-import shutil
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_steer.checkpoint import FLOATS, mark, refuse_used, save
+from vllm_steer.checkpoint import FLOATS, copy_files, filling, mark, refuse_used, save
 from vllm_steer.config import SteeringConfig, SteeringError, drafter_shape, read_model_config, target_shape
 from vllm_steer.steering import Steering
 
@@ -50,18 +49,22 @@ def import_published(source: str | Path, drafter: str | Path, target: str | Path
     base, own = _split_published(_read_pickle(source / "pytorch_model.bin"), config.steered_layers)
     steering = Steering(config)
     _load_exact(steering, own, source)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in base.values()), torch.float16)
+    dtypes = (tensor.dtype for tensor in base.values() if tensor.dtype in FLOATS)  # others are refused below
+    dtype = reduce(torch.promote_types, dtypes, torch.float16)
     model = AutoModelForCausalLM.from_config(drafter_config, dtype=dtype)  # not config.dtype: it may be narrower
     _load_exact(model, base, source)
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output)
-    for item in sorted(drafter.iterdir()):  # tokenizer, chat template, generation config
-        weights = item.suffix in {".safetensors", ".bin", ".gguf"} or item.name.endswith(".index.json")
-        if item.is_file() and item.name != "config.json" and not weights:
-            shutil.copyfile(item, output / item.name)
-    save(output, steering)
-    mark(output)
+    with filling(output):
+        save(output, steering)  # first: whatever happens next, the drafter is never there without it
+        model.save_pretrained(output)
+        copy_files(drafter, output, _beside_weights)
+        mark(output)
     return output
+
+
+def _beside_weights(item: Path) -> bool:
+    """Whether a file of the base drafter is still right: tokenizer, chat template, generation config."""
+    weights = item.suffix in {".safetensors", ".bin", ".gguf"} or item.name.endswith(".index.json")
+    return item.name != "config.json" and not weights
 
 
 def _convert_config(source: Path, drafter: Path, drafter_config: Any, target: str | Path) -> SteeringConfig:
@@ -90,7 +93,7 @@ def _convert_config(source: Path, drafter: Path, drafter_config: Any, target: st
 def _read_published_config(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SteeringError(f"cannot read {path} ({error}): give the published checkpoint's directory") from None
     if not isinstance(raw, dict) or "v_layer" not in raw:
         raise SteeringError(f"{path} has no 'v_layer': it is not a published SD² checkpoint")
@@ -112,11 +115,21 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} is not a plain state dict of tensors ({type(error).__name__}): it is damaged, or holds code, "
             "which was not run; copy it again from its source"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
         raise SteeringError(
             f"{path} is not a plain state dict of tensors: give the published checkpoint, not a training one"
         )
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with its values at hand: a pickle may hold sparse, quantised and empty (meta) ones."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+    )
 
 
 def _split_published(state: dict[str, Tensor], steered: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -329,6 +329,9 @@ def _round_weights(pair: Pair, dtype: torch.dtype) -> None:
 def _save(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringConfig, dtype: torch.dtype) -> None:
     output = Path(config.output)
     pair.detach()
+    if pair.steering is not None:  # first: a full disk must not leave a joint drafter without its steering
+        pair.steering.config = settings
+        checkpoint.save(output, pair.steering.to(dtype))
     if config.mode != "steer":
         pair.drafter.to(dtype).save_pretrained(output)
         tokenizer.save_pretrained(output)
@@ -338,9 +341,6 @@ def _save(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringCon
     if pair.steering is None:
         record = {"provenance": settings.provenance, "acceptance": settings.acceptance}
         (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        return
-    pair.steering.config = settings
-    checkpoint.save(output, pair.steering.to(dtype))
     if config.mode == "joint":
         checkpoint.mark(output)
 

@@ -57,6 +57,10 @@ class Options:
         return options
 
 
+class Written(dict):
+    """A plan in a Hugging Face config. Its type says that `prepare` wrote it: a file can give a plain dict only."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a worker needs to steer, and what the compiled drafter depends on."""
@@ -72,11 +76,21 @@ class Plan:
 
     @staticmethod
     def of(vllm_config: VllmConfig) -> Plan | None:
-        """The plan of an engine, or None when it is not steered."""
+        """The plan of an engine, or None when it is not steered.
+
+        Raises SteeringError for one that `prepare` did not write: a forged config.json, or a plan that lost its type on
+        the way to a worker, which would go on unsteered.
+        """
         spec = vllm_config.speculative_config
         draft = getattr(spec, "draft_model_config", None)
         raw = getattr(getattr(draft, "hf_config", None), PLAN, None)
-        return None if raw is None else Plan(**{**raw, "steered_layers": tuple(raw["steered_layers"])})
+        if raw is None or (disabled() and not isinstance(raw, Written)):
+            return None
+        if not isinstance(raw, Written):
+            raise SteeringError(
+                f"{draft.model}/config.json has the key {PLAN!r}, which only the running plugin may set: remove it"
+            )
+        return Plan(**{**raw, "steered_layers": tuple(raw["steered_layers"])})
 
 
 def disabled() -> bool:
@@ -125,7 +139,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         draft_length=spec.num_speculative_tokens,
     )
     setattr(draft.hf_config, LAYER_IDS, list(config.target_layer_ids))
-    setattr(draft.hf_config, PLAN, dataclasses.asdict(plan))
+    setattr(draft.hf_config, PLAN, Written(dataclasses.asdict(plan)))
 
 
 def _source(draft: Any, options: Options) -> tuple[str | None, str | None]:
@@ -164,10 +178,23 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"a steered drafter does not work with {name} yet: turn that off, or set {KILL_SWITCH}=1 to serve "
                 "the drafter unsteered"
             )
-    if not getattr(vllm_config, "use_v2_model_runner", False) and _has_sliding_window(spec.draft_model_config):
+    v2 = getattr(vllm_config, "use_v2_model_runner", False)
+    draft, length = spec.draft_model_config, vllm_config.model_config.max_model_len
+    if v2 and draft.max_model_len < length:
+        raise SteeringError(
+            f"the drafter {draft.model!r} has a context of {draft.max_model_len} tokens, the server one of {length}; "
+            f"vLLM's V2 runner drafts past the drafter's end and crashes: give --max-model-len {draft.max_model_len} "
+            "or less, or use the V1 runner (VLLM_USE_V2_MODEL_RUNNER=0), which stops drafting there"
+        )
+    if not v2 and getattr(spec, "rejection_sample_method", "standard") == "block":
+        raise SteeringError(
+            "rejection_sample_method is 'block', which vLLM's V1 runner ignores: drop it, or use the V2 runner "
+            "(VLLM_USE_V2_MODEL_RUNNER=1)"
+        )
+    if not v2 and _has_sliding_window(draft):
         if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             raise SteeringError(
-                f"the drafter {spec.draft_model_config.model!r} has sliding-window layers; vLLM's V1 runner then mixes "
+                f"the drafter {draft.model!r} has sliding-window layers; vLLM's V1 runner then mixes "
                 "up the KV cache groups of target and drafter and even the target's own output is wrong: add "
                 "--disable-hybrid-kv-cache-manager, or use the V2 runner"
             )
