@@ -75,9 +75,14 @@ class Runner:
     ) -> dict[str, Any]:
         """Build one engine, run `calls` ({"prompts": [[ids]], "sampling": {...}}), close it; once per distinct job.
 
+        "sampling" may be a list, one for each prompt, and so may "lora" (a directory or None); with "abort":
+        {"after": steps, "prompts": [indices]} those prompts are aborted after that many engine steps. A call marked
+        "refused" may be refused by vLLM; its result is then {"refused": vLLM's sentence}. "continues": i puts the
+        prompts and answers of call i before the one prompt of this call.
+
         Returns {"calls": [{"tokens": [[ids]], "blocks": [[[position, [drafts]], ...] per prompt]}], "log": text,
         "error": None or the exception's text, "metrics": vLLM's counters}. A block's position is that of the newest
-        token it continues.
+        token it continues. See `describe` and `watch_steering` for the rest of a call's result.
         """
         job = {"target": str(target), "spec": spec, "calls": calls, "env": env or {}, "llm": LLM_KEYS | llm}
         if (key := json.dumps(job, sort_keys=True)) in self._done:
@@ -108,6 +113,15 @@ class Runner:
             self._process.kill()
 
 
+def assert_steered(call: dict[str, Any], lengths: set[int]) -> None:
+    """Assert of one call's result that every proposal made as many passes as `lengths` says, and that steering changed
+    at least a row for each request past its prompt in the first pass, and every request's row in the others."""
+    assert sum(r["decoding"] for r in call["rounds"]) > 0, "nothing was drafted"
+    for r in call["rounds"]:
+        assert len(r["rows"]) in lengths and r["rows"][0] >= r["decoding"], r
+        assert r["rows"][1:] == [r["requests"]] * (len(r["rows"]) - 1), r
+
+
 # --- the engine process ---------------------------------------------------------------------------------------------
 
 
@@ -136,6 +150,39 @@ def record_blocks(model_runner: Any, blocks: list[tuple[str, int, list[int]]]) -
     proposer.propose = of_v1 if v1 else of_v2
 
 
+def watch_steering(model_runner: Any, rounds: list[dict[str, Any]]) -> None:
+    """Append {"requests", "decoding", "rows"} for every proposal: how many requests, how many past their prompt, and
+    in how many rows of each draft pass steering really changed what the first steered layer multiplies."""
+    v1 = hasattr(model_runner, "drafter")
+    proposer = model_runner.drafter if v1 else model_runner.speculator
+    wrappers = [m for m in proposer.model.modules() if type(m).__name__ == "SteeredActivation"]
+    rows: list[int] = []
+    before: list[Any] = []
+
+    def changed(_: Any, args: tuple[Any, ...]) -> None:
+        rows.append(int((args[0] != before.pop()).any(-1).sum()))
+
+    if wrappers:
+        wrappers[0].register_forward_pre_hook(lambda _, args: before.append(args[0].clone()))
+        wrappers[0].act_fn.register_forward_pre_hook(changed)
+    original = proposer.propose
+
+    def propose(*args: Any, **keys: Any) -> Any:
+        rows.clear()
+        drafts = original(*args, **keys)
+        if v1:
+            metadata, n = keys["common_attn_metadata"], keys["common_attn_metadata"].batch_size()
+            prompt = model_runner.input_batch.num_prompt_tokens[:n]
+            length = metadata.seq_lens[:n].numpy()
+        else:
+            n, prompt = args[0].num_reqs, args[0].prefill_len_np[: args[0].num_reqs]
+            length = args[0].seq_lens[:n].numpy()
+        rounds.append({"requests": n, "decoding": int((length >= prompt).sum()), "rows": list(rows)})
+        return drafts
+
+    proposer.propose = propose
+
+
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
     before = {key: os.environ.get(key) for key in values}
@@ -147,36 +194,109 @@ def environment(values: dict[str, str]) -> Iterator[None]:
             os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
 
 
+def linear_methods(model_runner: Any) -> dict[str, list[str]]:
+    """Names of vLLM's methods by which the linear layers of target and drafter multiply."""
+    proposer = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
+    models = {"target": model_runner.model} | ({"drafter": proposer.model} if proposer else {})
+    names = lambda model: {type(m.quant_method).__name__ for m in model.modules() if hasattr(m, "quant_method")}  # noqa: E731
+    return {role: sorted(name for name in names(model) if "Linear" in name) for role, model in models.items()}
+
+
+def sampling_params(options: dict[str, Any]) -> Any:
+    """vLLM's SamplingParams of JSON options: greedy and 32 tokens unless told; "structured_outputs" as an object."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    options = {"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | options
+    if structured := options.pop("structured_outputs", None):
+        options["structured_outputs"] = StructuredOutputsParams(**structured)
+    if bias := options.pop("logit_bias", None):
+        options["logit_bias"] = {int(token): value for token, value in bias.items()}
+    return SamplingParams(**options)
+
+
+def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
+    """vLLM's RequestOutputs of one call of a job, in the order of its prompts."""
+    from vllm.lora.request import LoRARequest
+
+    prompts, n = [{"prompt_token_ids": p} for p in call["prompts"]], len(call["prompts"])
+    each = lambda value: value if isinstance(value, list) else [value] * n  # noqa: E731
+    sampling = [sampling_params(s) for s in each(call["sampling"])]
+    paths = each(call.get("lora"))
+    loras = [path and LoRARequest(path, 1 + paths.index(path), path) for path in paths]
+    if "abort" not in call:
+        return llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
+    engine, last, step = llm.llm_engine, {}, 0
+    for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
+        engine.add_request(str(i), {"type": "token"} | prompt, params)
+    while engine.has_unfinished_requests():
+        if step == call["abort"]["after"]:
+            engine.abort_request([str(i) for i in call["abort"]["prompts"]])
+        last |= {out.request_id: out for out in engine.step()}
+        step += 1
+    return [last[str(i)] for i in range(n)]
+
+
+def describe(outs: list[Any]) -> dict[str, Any]:
+    """What a call produced, one entry for each prompt: tokens, the tokens of all its samples, text, why it ended."""
+    number = lambda rows: [row and {str(t): p.logprob for t, p in row.items()} for row in rows or []]  # noqa: E731
+    firsts = [o.outputs[0] for o in outs]
+    return {
+        "tokens": [list(c.token_ids) for c in firsts],
+        "all": [[list(c.token_ids) for c in o.outputs] for o in outs],
+        "texts": [c.text for c in firsts],
+        "ends": [[c.finish_reason, c.stop_reason] for c in firsts],
+        "logprobs": [number(c.logprobs) for c in firsts],
+        "prompt_logprobs": [number(o.prompt_logprobs) for o in outs],
+    }
+
+
 def serve_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job of `Runner.run` in this process."""
     import gc
 
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.exceptions import VLLMValidationError
 
     llm = LLM(job["target"], speculative_config=job["spec"], **job["llm"])
     try:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         blocks: list[tuple[str, int, list[int]]] = []
+        rounds: list[dict[str, Any]] = []
         if job["spec"]:
             record_blocks(worker.model_runner, blocks)
+            watch_steering(worker.model_runner, rounds)
         results = []
         for call in job["calls"]:
-            sampling = SamplingParams(**({"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | call["sampling"]))
             blocks.clear()
-            outs = llm.generate([{"prompt_token_ids": p} for p in call["prompts"]], sampling, use_tqdm=False)
+            rounds.clear()
+            if (before := call.get("continues")) is not None:
+                earlier = zip(job["calls"][before]["prompts"], results[before]["tokens"], strict=True)
+                call["prompts"] = [prompt + tokens + call["prompts"][0] for prompt, tokens in earlier]
+            try:
+                outs = run_call(llm, call)
+            except VLLMValidationError as error:
+                if not call.get("refused"):
+                    raise
+                results.append({"refused": str(error)})
+                continue
             by_request: dict[int, list[Any]] = {}
             for request, position, drafts in blocks:  # vLLM's id is "<index>-<random>"
                 by_request.setdefault(int(request.split("-")[0].split("_")[-1]), []).append([position, drafts])
             results.append(
-                {
-                    "tokens": [list(o.outputs[0].token_ids) for o in outs],
-                    "all": [[list(c.token_ids) for c in o.outputs] for o in outs],
+                describe(outs)
+                | {
                     "blocks": [by_request.get(int(o.request_id.split("-")[0]), []) for o in outs],
+                    "rounds": list(rounds),
                 }
             )
         counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-        return {"calls": results, "error": None, "metrics": counters}
+        found = {
+            "async_scheduling": bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling),
+            "linear": linear_methods(worker.model_runner),
+        }
+        return {"calls": results, "error": None, "metrics": counters} | found
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm

@@ -7,11 +7,14 @@ target's further width and layers) is turned down by `distance`. Head size is 32
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -158,6 +161,63 @@ def make_pair(
     checkpoint.save(paths[2], random_steering(big.config, small.config, rank, seed, delta_std))
     checkpoint.mark(paths[2])
     return paths
+
+
+def quantize_int8(directory: Path, to: Path) -> Path:
+    """Copy a model directory with int8 weights, a scale per output channel, in the compressed-tensors layout.
+
+    Activations are quantised per token when served, so that a token's result does not depend on its batch.
+    """
+    shutil.copytree(directory, to)
+    tensors = load_file(to / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        tensors[name] = (weight / scale).round().to(torch.int8)
+        tensors[name + "_scale"] = scale
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    keys = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": keys | {"strategy": "channel", "dynamic": False},
+        "input_activations": keys | {"strategy": "token", "dynamic": True},
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    return change_config(to, quantization_config=quantization)
+
+
+def change_config(directory: Path, **keys: Any) -> Path:
+    """Set keys in a model directory's config.json; returns the directory."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return directory
+
+
+def save_lora(directory: Path, config: Any, rank: int = 4, seed: int = 0, std: float = 0.3) -> Path:
+    """Write a random LoRA for all attention and MLP projections of a llama-like model, as PEFT would."""
+    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    shapes = {f"self_attn.{n}_proj": (config.hidden_size, h * config.head_dim) for n, h in heads.items()}
+    shapes["self_attn.o_proj"] = (config.num_attention_heads * config.head_dim, config.hidden_size)
+    shapes |= {f"mlp.{n}_proj": (config.hidden_size, config.intermediate_size) for n in ("gate", "up")}
+    shapes["mlp.down_proj"] = (config.intermediate_size, config.hidden_size)
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for layer in range(config.num_hidden_layers):
+        for name, (inputs, outputs) in shapes.items():
+            key = f"base_model.model.model.layers.{layer}.{name}.lora_"
+            tensors[key + "A.weight"] = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            tensors[key + "B.weight"] = torch.randn(outputs, rank, generator=generator) * std / rank**0.5
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    names = sorted({name.rpartition(".")[2] for name in shapes})
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": names, "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    return directory
 
 
 def random_prompt(length: int, seed: int = 0, vocab_size: int = VOCAB) -> list[int]:
