@@ -281,6 +281,18 @@ def test_training_accepts_more_and_records_how(folder: Path, tmp_path: Path) -> 
     assert str(folder) not in json.dumps(record.to_dict()), "no machine's paths in a checkpoint"
 
 
+def test_a_control_stands_beside_what_is_trained(folder: Path, tmp_path: Path) -> None:
+    """The distilled drafter of the same data, also when only upper layers are steered from a cached trunk."""
+    distilled = train.train(options(folder, tmp_path / "distilled", mode="distill"))
+    given = dict(mode="steer", steered_layers=(1,), cache=str(tmp_path / "cache"), control=str(tmp_path / "distilled"))
+    found = train.train(options(folder, tmp_path / "adapter", **given))
+    assert found["control"] == {"drafter": "distilled"} | distilled["trained"]
+    assert distilled["trained"]["overlap"] != found["untrained"]["overlap"] == distilled["untrained"]["overlap"]
+    assert json.loads((tmp_path / "adapter/acceptance.json").read_text()) == found
+    with pytest.raises(SteeringError, match="nowhere"):
+        train.train(options(folder, tmp_path / "other", control=str(tmp_path / "nowhere")))
+
+
 def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> None:
     """An adapter from bfloat16 weights, merged and read back, predicts the same acceptance."""
     for name in ("target", "drafter"):
@@ -448,7 +460,7 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
     given = dict(mode="steer", loss="tvd", steps=1, batch_size=2, lr=0.5, drafter_lr=0.1, k=2, rank=4)
     given |= dict(target_layers=(0, 1, 2), steered_layers=(1,), max_length=12, precision="bfloat16", seed=3)
     given |= dict(save_every=7, offsets="block", accumulate=2, keep="last", cache=str(tmp_path / "cache"))
-    given |= dict(report_to=("tensorboard",))
+    given |= dict(report_to=("tensorboard",), control=str(folder / "drafter"))
     words = ["--gradient-checkpointing", *(f"--{name}={folder / name}" for name in ("target", "drafter"))]
     words += [f"--data={folder / 'data.jsonl'}", f"--output={tmp_path / 'out'}"]
     for name, value in given.items():

@@ -287,15 +287,19 @@ def load_tokenizer(target: str, drafter: str) -> Any:
     return theirs
 
 
-def load_models(target: str, drafter: str, precision: torch.dtype) -> tuple[nn.Module, nn.Module, torch.dtype]:
-    """The target (frozen, in `precision`), the drafter (float32), and the dtype the drafter is stored in."""
+def load_model(name: str, dtype: torch.dtype | str) -> nn.Module:
+    """A causal language model. Raises SteeringError when it cannot be read."""
     from transformers import AutoModelForCausalLM
 
     try:
-        big = AutoModelForCausalLM.from_pretrained(target, dtype=precision)
-        small = AutoModelForCausalLM.from_pretrained(drafter, dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise SteeringError(f"cannot load {target} and {drafter}: {error}") from error
+        raise SteeringError(f"cannot load {name}: {error}") from error
+
+
+def load_models(target: str, drafter: str, precision: torch.dtype) -> tuple[nn.Module, nn.Module, torch.dtype]:
+    """The target (frozen, in `precision`), the drafter (float32), and the dtype the drafter is stored in."""
+    big, small = load_model(target, precision), load_model(drafter, "auto")
     stored = small.dtype  # before the next line changes it
     return big.requires_grad_(False).eval(), small.float(), stored
 

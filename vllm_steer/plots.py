@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plot_training(path: Path, acceptance: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    """Predicted block efficiency over steps, and acceptance per guide offset before and after."""
+    """Predicted block efficiency over steps, and acceptance per guide offset: untrained, control if any, trained."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -15,9 +15,12 @@ def plot_training(path: Path, acceptance: dict[str, Any], history: list[dict[str
     for name in ("sampled", "greedy"):
         points = [(0, acceptance["untrained"]["block_efficiency"][name])]
         points += [(entry["step"], entry[f"eval_{name}"]) for entry in history if f"eval_{name}" in entry]
-        curve.plot(*zip(*points, strict=True), marker=".", label=name)
+        (line,) = curve.plot(*zip(*points, strict=True), marker=".", label=name)
+        if "control" in acceptance:
+            level = acceptance["control"]["block_efficiency"][name]
+            curve.axhline(level, color=line.get_color(), linestyle="--", linewidth=1, label=f"{name}, control")
     curve.set(xlabel="step", ylabel="tokens per block, predicted", title="held-out rows")
-    for when in ("untrained", "trained"):
+    for when in [name for name in ("untrained", "control", "trained") if name in acceptance]:
         for name in ("overlap", "greedy"):
             values = acceptance[when][name]
             offsets.plot(range(1, len(values) + 1), values, marker=".", label=f"{name}, {when}")

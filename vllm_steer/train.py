@@ -26,7 +26,7 @@ from vllm_steer.config import SteeringConfig, SteeringError, require_at_least, r
 from vllm_steer.data import sha256
 from vllm_steer.losses import LOSSES
 from vllm_steer.options import option
-from vllm_steer.pair import OFFSET_RULES, Pair, guide_sources, load_models, load_tokenizer, measure
+from vllm_steer.pair import OFFSET_RULES, Pair, guide_sources, load_model, load_models, load_tokenizer, measure
 from vllm_steer.plots import plot_training
 from vllm_steer.provenance import origin, public_name
 from vllm_steer.steering import Steering
@@ -83,6 +83,12 @@ class TrainConfig:
         "them: computed once, then shared by all epochs and by runs on the same rows (8 H + 2 H' bytes a token)",
         type=str,
     )
+    control: str | None = option(
+        None,
+        "a drafter to stand beside this one in acceptance.json and the plot: the one that --mode distill made of the "
+        "same data",
+        type=str,
+    )
     gradient_checkpointing: bool = option(
         False, "compute the drafter's activations again in the backward pass: less memory"
     )
@@ -130,7 +136,7 @@ def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    paths = {name: str(Path(value).resolve()) for name in ("target", "drafter", "output", "cache")
+    paths = {name: str(Path(value).resolve()) for name in ("target", "drafter", "output", "cache", "control")
              if (value := getattr(config, name)) and (Path(value).exists() or name in ("output", "cache"))}  # fmt: skip
     data = tuple(str(Path(path).resolve()) for path in config.data)
     local = dataclasses.replace(config, data=data, **paths)
@@ -189,6 +195,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     pair.loss = LOSSES[config.loss]
     judge = lambda: _judge(pair, source, range(len(rows), len(rows) + len(held_out)), config)  # noqa: E731
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
+    control = _judge_control(config, target, source, range(len(rows), len(rows) + len(held_out)))
     trainer = _trainer(config, pair, source, len(rows), arguments, judge)
     if config.steps:
         last = last_checkpoint(Path(config.output)) if config.resume else None
@@ -200,7 +207,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         "data": f"last {len(held_out)} rows of {Path(config.data[0]).name}",
         "untrained": before,
         "trained": judge(),
-    }
+    } | control
     settings = dataclasses.replace(settings, provenance=_provenance(config), acceptance=acceptance)
     _save(config, pair, tokenizer, settings, stored)
     (Path(config.output) / "acceptance.json").write_text(json.dumps(acceptance, indent=2) + "\n", encoding="utf-8")
@@ -215,6 +222,16 @@ def _judge(pair: Pair, source: Batches, held_out: range, config: TrainConfig) ->
     found = measure(pair.eval(), source.held(held_out, config.batch_size), config.k)
     pair.train(training)
     return found
+
+
+def _judge_control(config: TrainConfig, target: nn.Module, source: Batches, held_out: range) -> dict[str, Any]:
+    """{"control": its acceptance on the held-out rows}, or {} when none was given."""
+    if config.control is None:
+        return {}
+    load_tokenizer(config.target, config.control)
+    pair = Pair(load_model(config.control, torch.float32), None, target).to(source.device)
+    found = measure(pair.eval(), source.held(held_out, config.batch_size), config.k)
+    return {"control": {"drafter": public_name(config.control)} | found}
 
 
 def _arguments(config: TrainConfig) -> Any:
@@ -348,7 +365,7 @@ def _save(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringCon
 def _provenance(config: TrainConfig) -> dict[str, Any]:
     """How a checkpoint was made: the whole configuration, the data's hashes, versions, source commit, date (UTC)."""
     given = dataclasses.asdict(config)
-    given |= {key: public_name(given[key]) for key in ("target", "drafter", "output", "cache") if given[key]}
+    given |= {key: public_name(given[key]) for key in ("target", "drafter", "output", "cache", "control") if given[key]}
     given["data"] = [public_name(path) for path in config.data]
     return {
         "command": options.command("train", given),
