@@ -27,7 +27,7 @@ def write_report(path: Path, **results: Any) -> None:
 
     report = {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", *sys.argv]).replace(str(Path.home()), "~"),
+        "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
     }

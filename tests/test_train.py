@@ -352,13 +352,13 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     run = dict(steps=6, save_every=2)
     train.train(options(folder, tmp_path / "whole", **run))
-    calls, forward_kl = [], losses.forward_kl
+    calls, distance = [], losses.LOSSES["jsd"]
 
     def stopping(*logits):
         calls.append(1)
         if len(calls) > 5:
             raise KeyboardInterrupt
-        return forward_kl(*logits)
+        return distance(*logits)
 
     def kill_amid_a_save() -> None:
         newest = tmp_path / "parts" / "checkpoints" / "checkpoint-4"
@@ -366,7 +366,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         (newest / "optimizer.pt").write_bytes(b"torn")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(train.LOSSES, "kl", stopping)
+        patch.setitem(train.LOSSES, "jsd", stopping)
         train.train(options(folder, tmp_path / "parts", **run))
     if torn:
         kill_amid_a_save()
@@ -605,7 +605,7 @@ def test_several_devices_are_refused(folder: Path, tmp_path: Path, monkeypatch) 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(train.LOSSES, "kl", lambda t, d: losses.forward_kl(t, d) * float("nan"))
+    monkeypatch.setitem(train.LOSSES, "jsd", lambda t, d: losses.forward_kl(t, d) * float("nan"))
     with pytest.raises(SteeringError, match="the loss is nan at step 0"):
         train.train(options(folder, tmp_path / "out"))
     assert not checkpoint.has_steering(tmp_path / "out")

@@ -52,7 +52,7 @@ class TrainConfig:
     mode: str = option(
         "joint", "what trains: " + "; ".join(f"{k} = {v}" for k, v in MODES.items()), choices=list(MODES)
     )
-    loss: str = option("kl", "distance between target and drafter at each position", choices=list(LOSSES))
+    loss: str = option("jsd", "distance between target and drafter at each position", choices=list(LOSSES))
     offsets: str = option(
         "batch",
         "how far back the state lies that steers a position: "

@@ -182,6 +182,7 @@ def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args
             data=(str(work / "responses.jsonl"),),
             output=str(out / name),
             mode=mode,
+            loss="kl",
             k=DRAFT,
             steps=steps,
             batch_size=8,
