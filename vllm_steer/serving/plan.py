@@ -58,7 +58,10 @@ class Options:
 
 
 class Written(dict):
-    """A plan in a Hugging Face config. Its type says that `prepare` wrote it: a file can give a plain dict only."""
+    """A plan in a Hugging Face config, empty where the kill switch decided against steering.
+
+    Its type says that `prepare` wrote it: a file can give a plain dict only.
+    """
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,51 @@ class Plan:
     def of(vllm_config: VllmConfig) -> Plan | None:
         """The plan of an engine, or None when it is not steered.
 
-        Raises SteeringError for one that `prepare` did not write: a forged config.json, or a plan that lost its type on
-        the way to a worker, which would go on unsteered.
+        Raises SteeringError for a steered drafter that the front end did not look at, and for a plan that `prepare` did
+        not write: both would go on unsteered.
         """
-        spec = vllm_config.speculative_config
-        draft = getattr(spec, "draft_model_config", None)
-        raw = getattr(getattr(draft, "hf_config", None), PLAN, None)
-        if raw is None or (disabled() and not isinstance(raw, Written)):
-            return None
-        if not isinstance(raw, Written):
-            raise SteeringError(
-                f"{draft.model}/config.json has the key {PLAN!r}, which only the running plugin may set: remove it"
-            )
-        return Plan(**{**raw, "steered_layers": tuple(raw["steered_layers"])})
+        written = _written(vllm_config)
+        if written is None:
+            _refuse_overlooked(vllm_config)
+        return Plan(**{**written, "steered_layers": tuple(written["steered_layers"])}) if written else None
+
+
+def _written(vllm_config: VllmConfig) -> Written | None:
+    """What `prepare` decided for a drafter, None if it has not.
+
+    Raises SteeringError for a forged config.json, or a plan that lost its type on the way to a worker.
+    """
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    raw = getattr(getattr(draft, "hf_config", None), PLAN, None)
+    if raw is None or (disabled() and not isinstance(raw, Written)):
+        return None
+    if not isinstance(raw, Written):
+        raise SteeringError(
+            f"{draft.model}/config.json has the key {PLAN!r}, which only the running plugin may set: remove it"
+        )
+    return raw
+
+
+def _refuse_overlooked(vllm_config: VllmConfig) -> None:
+    """Raise SteeringError for a steered drafter without a decision: in this vLLM `prepare` is never called."""
+    import vllm
+
+    draft = _draft_model(vllm_config)
+    if draft is None or disabled():
+        return
+    source, _ = _source(draft, Options.read(vllm_config.additional_config))
+    if source is not None:
+        raise SteeringError(
+            f"{source} is a steered drafter, and this vLLM ({vllm.__version__}) has no place in its front end where "
+            f"vllm-steer could check it: install a vLLM that the README names, or set {KILL_SWITCH}=1 to serve the "
+            "drafter unsteered"
+        )
+
+
+def _draft_model(vllm_config: VllmConfig) -> Any:
+    """vLLM's ModelConfig of a drafter that is a whole language model, or None."""
+    spec = vllm_config.speculative_config
+    return spec.draft_model_config if spec is not None and spec.method == "draft_model" else None
 
 
 def disabled() -> bool:
@@ -103,9 +138,8 @@ def prepare(vllm_config: VllmConfig) -> None:
 
     Raises SteeringError for a steered drafter that cannot be served as asked. Leaves all others untouched.
     """
-    spec = vllm_config.speculative_config
     options = Options.read(vllm_config.additional_config)
-    draft = spec.draft_model_config if spec is not None and spec.method == "draft_model" else None
+    draft = _draft_model(vllm_config)
     if draft is None:
         if options.adapter is not None and not disabled():
             raise SteeringError(
@@ -113,22 +147,24 @@ def prepare(vllm_config: VllmConfig) -> None:
                 "give --speculative-config with the adapter's base drafter as model"
             )
         return
-    if Plan.of(vllm_config) is not None:
+    if _written(vllm_config) is not None:
         return  # vLLM copies configurations, and every copy passes here again
     source, revision = _source(draft, options)
     if source is None:
         return
     if disabled():
         logger.warning("%s is set: the steered drafter %s runs unsteered", KILL_SWITCH, source)
+        setattr(draft.hf_config, PLAN, Written())  # not every worker is given this process's environment
         return
+    _require_seams(vllm_config)
     _refuse_unsupported(vllm_config)
     directory = checkpoint.resolve(source, revision)
     steering = checkpoint.load(directory)
-    config = steering.config
+    config, draft_length = steering.config, vllm_config.speculative_config.num_speculative_tokens
     check_pair(config, vllm_config.model_config.hf_config, draft.hf_config)
+    _require_shares(vllm_config, config.drafter.intermediate_size)
     _require_target_states(vllm_config)
-    _require_seams(vllm_config)
-    _warn_draft_length(config, spec.num_speculative_tokens)
+    _warn_draft_length(config, draft_length)
     plan = Plan(
         source=str(source),
         revision=revision,
@@ -136,7 +172,7 @@ def prepare(vllm_config: VllmConfig) -> None:
         steered_layers=config.steered_layers,
         projection_size=config.projection_size,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-        draft_length=spec.num_speculative_tokens,
+        draft_length=draft_length,
     )
     setattr(draft.hf_config, LAYER_IDS, list(config.target_layer_ids))
     setattr(draft.hf_config, PLAN, Written(dataclasses.asdict(plan)))
@@ -205,6 +241,21 @@ def _has_sliding_window(model_config: Any) -> bool:
     if (kinds := getattr(config, "layer_types", None)) is not None:
         return "sliding_attention" in kinds
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _require_shares(vllm_config: VllmConfig, width: int) -> None:
+    """Refuse here what vLLM would find in its workers, where the sentence is lost or there is none."""
+    size, spec = vllm_config.parallel_config.tensor_parallel_size, vllm_config.speculative_config
+    if (asked := spec.draft_parallel_config.tensor_parallel_size) != size:
+        raise SteeringError(
+            f"draft_tensor_parallel_size is {asked}, tensor_parallel_size {size}: vLLM shards a draft model like its "
+            f"target, so drop draft_tensor_parallel_size, or give {size}"
+        )
+    if width % size:
+        raise SteeringError(
+            f"tensor_parallel_size is {size}, which does not divide the drafter's FFN width (intermediate_size) "
+            f"{width}: choose a size that does, or another drafter"
+        )
 
 
 def _require_target_states(vllm_config: VllmConfig) -> None:

@@ -17,6 +17,7 @@ class SteeredSpeculator(StandaloneARSpeculator):
     """Built only for steered drafters."""
 
     injection: Injection
+    needs_aux_hidden_states = True  # for a vLLM that asks (see seams.py)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         model = super().load_draft_model(target_model, target_attn_layer_names)
