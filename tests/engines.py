@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,14 @@ def runner_env(runner: str) -> dict[str, str]:
 
 
 class Runner:
-    """Client of one engine process."""
+    """Client of one engine process; `script` is what runs there."""
 
-    def __init__(self, runner: str, **env: str):
+    def __init__(self, runner: str, script: str = __file__, **env: str):
         self.name = runner
         self._done: dict[str, dict[str, Any]] = {}
         self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, script],
             env=os.environ | ENV | runner_env(runner) | env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -355,7 +355,8 @@ def _fill_the_interpreters_gaps() -> None:
     builder.create_masked_store = create_masked_store
 
 
-def main() -> None:
+def main(serve: Callable[[dict[str, Any]], dict[str, Any]] = serve_job) -> None:
+    """Answer jobs from standard input, one JSON object a line, until it ends."""
     if path := os.environ.get("STEER_TEST_TRITON"):
         pretend_triton_has_a_cpu_backend(path)
     answers = os.fdopen(os.dup(1), "w")
@@ -364,7 +365,7 @@ def main() -> None:
         job = json.loads(line)
         with environment(job["env"]):
             try:
-                answer = serve_job(job)
+                answer = serve(job)
             except BaseException as error:
                 traceback.print_exc()
                 answer = {"calls": [], "error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,151 @@
+"""Engines of several workers for tests: engines.py's jobs, recorded in every worker process, wherever it runs.
+
+`several("tensor")` starts a process whose engines have vLLM's own worker processes, `several("ray")` one with a Ray
+cluster of its own. Jobs with one worker run there too, so that nothing else differs; so do jobs on a vLLM that is not
+the one installed: see `pretended`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import engines
+
+
+def several(kind: str, **env: str) -> engines.Runner:
+    """A process for engines of several workers, on vLLM's V1 model runner; `kind` is "tensor" or "ray"."""
+    path = os.pathsep.join(p for p in (str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")) if p)
+    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # each of the workers would take all cores
+    if kind == "ray":
+        more |= {"STEER_TEST_RAY": "1", "RAY_DEDUP_LOGS": "0"}
+    return engines.Runner("v1", __file__, **more, **env)
+
+
+# --- asked of the workers, by llm.collective_rpc --------------------------------------------------------------------
+
+
+def start_recording(worker: Any) -> None:
+    """Record every proposal of this worker."""
+    runner = worker.model_runner
+    runner.test_blocks, runner.test_rounds = [], []
+    engines.record_blocks(runner, runner.test_blocks)
+    engines.watch_steering(runner, runner.test_rounds)
+
+
+def take_records(worker: Any) -> dict[str, Any]:
+    """What this worker did since it was last asked; "deltas" [L, F share] are those of the batch's first row."""
+    runner = worker.model_runner
+    injection = getattr(runner.drafter, "injection", None)
+    found = {
+        "pid": os.getpid(),
+        "rank": worker.rank,
+        "ray_actor": "ray" in sys.modules and sys.modules["ray"].get_runtime_context().get_actor_id() is not None,
+        "blocks": list(runner.test_blocks),
+        "rounds": list(runner.test_rounds),
+        "deltas": injection and injection.deltas[1].tolist(),
+    }
+    runner.test_blocks.clear()
+    runner.test_rounds.clear()
+    return found
+
+
+# --- the engine process ---------------------------------------------------------------------------------------------
+
+
+def pretend_cpus_are_rays_gpus() -> None:
+    """vLLM names no resource of Ray's for its CPU platform; its Ray executors refuse CPUs for that alone."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.ray_device_key = "GPU"
+
+
+def start_as_a_ray_worker() -> None:
+    """What Ray runs first in its workers: as on a cluster that was started without this process's environment."""
+    pretend_cpus_are_rays_gpus()
+    os.environ.pop("STEER_DISABLE", None)
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """A Ray cluster for one engine, if this process is for such: Ray keeps an engine's place after it has gone."""
+    if not os.environ.get("STEER_TEST_RAY"):
+        yield
+        return
+    import ray
+
+    pretend_cpus_are_rays_gpus()
+    hook = {"worker_process_setup_hook": "workers.start_as_a_ray_worker"}
+    ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, runtime_env=hook)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def pretended(version: str | None, broken: list[str]) -> Iterator[None]:
+    """Another vLLM: its version, and an attribute gone in the modules whose seams are `broken`."""
+    import vllm
+
+    from vllm_steer.serving import seams
+
+    before = vllm.__version__, seams.SEAMS
+    lost = lambda seam: dataclasses.replace(seam, needs=("vllm:gone",)) if seam.module in broken else seam  # noqa: E731
+    seams.undo()
+    seams.SEAMS = tuple(lost(seam) for seam in seams.SEAMS)
+    seams.install()
+    vllm.__version__ = version or before[0]
+    try:
+        yield
+    finally:
+        seams.undo()
+        vllm.__version__, seams.SEAMS = before
+        seams.install()
+
+
+def serve_job(job: dict[str, Any]) -> dict[str, Any]:
+    """As engines.serve_job, without metrics; each call's result has "workers" by rank, see `take_records`.
+
+    The job's environment may ask for another vLLM: STEER_TEST_VERSION, and in STEER_TEST_BROKEN modules by comma.
+    """
+    broken = os.environ.get("STEER_TEST_BROKEN", "")
+    with cluster(), pretended(os.environ.get("STEER_TEST_VERSION"), broken.split(",")):
+        return {"calls": run_calls(job), "error": None, "metrics": {}}
+
+
+def run_calls(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a job's calls, from one engine."""
+    import gc
+
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm, results = LLM(job["target"], speculative_config=job["spec"], **job["llm"]), []
+    try:
+        if job["spec"]:
+            llm.collective_rpc(start_recording)
+        for call in job["calls"]:
+            outs = engines.run_call(llm, call)
+            workers = llm.collective_rpc(take_records) if job["spec"] else []
+            for worker in workers:
+                by_prompt: dict[str, list[Any]] = {out.request_id.partition("-")[0]: [] for out in outs}
+                for request, position, drafts in worker["blocks"]:
+                    by_prompt[request.partition("-")[0]].append([position, drafts])
+                worker["blocks"] = list(by_prompt.values())
+            results.append(engines.describe(outs) | {"workers": sorted(workers, key=lambda worker: worker["rank"])})
+        return results
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    engines.main(serve_job)
