@@ -160,7 +160,8 @@ def watch_steering(model_runner: Any, rounds: list[dict[str, Any]]) -> None:
     before: list[Any] = []
 
     def changed(_: Any, args: tuple[Any, ...]) -> None:
-        rows.append(int((args[0] != before.pop()).any(-1).sum()))
+        if before:  # some families have one activation for all layers: the others' calls are not this wrapper's
+            rows.append(int((args[0] != before.pop()).any(-1).sum()))
 
     if wrappers:
         wrappers[0].register_forward_pre_hook(lambda _, args: before.append(args[0].clone()))

