@@ -54,14 +54,8 @@ class Tally:
 
 def gauges(server: Server) -> dict[str, float]:
     """Requests running and waiting, share of the KV cache held, preemptions so far."""
-    import urllib.request
-
-    from prometheus_client.parser import text_string_to_metric_families
-
-    with urllib.request.urlopen(server.url + "/metrics", timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    values = [(sample.name, sample.value) for family in families for sample in family.samples]
-    return {key: sum(value for name, value in values if name == wanted) for key, wanted in GAUGES.items()}
+    samples = server.metrics()
+    return {key: sum(value for name, _, value in samples if name == wanted) for key, wanted in GAUGES.items()}
 
 
 def resident(server: Server) -> float:

@@ -47,17 +47,21 @@ class Server:
     log: Path
     seconds: float  # from start to the first healthy answer
 
+    def metrics(self) -> list[tuple[str, str, float]]:
+        """Name, labels and value of every sample at /metrics that has labels: all of vLLM's."""
+        return [(m["name"], m["labels"], float(m["value"])) for m in SAMPLE.finditer(_get(self.url + "/metrics"))]
+
     def counters(self) -> dict[str, Any]:
         """Speculative decoding so far: {"drafts", "drafted", "accepted": int, "per_position": [int, ...]}."""
-        samples = [m.groupdict() for m in SAMPLE.finditer(_get(self.url + "/metrics"))]
+        samples = self.metrics()
         found: dict[str, Any] = {
-            key: sum(int(float(s["value"])) for s in samples if s["name"] == name) for key, name in COUNTERS.items()
+            key: sum(int(value) for name, _, value in samples if name == wanted) for key, wanted in COUNTERS.items()
         }
         per_position: dict[int, int] = {}
-        for sample in samples:
-            if sample["name"] == PER_POSITION:
-                position = int(re.search(r'position="(\d+)"', sample["labels"]).group(1))
-                per_position[position] = per_position.get(position, 0) + int(float(sample["value"]))
+        for name, labels, value in samples:
+            if name == PER_POSITION:
+                position = int(re.search(r'position="(\d+)"', labels).group(1))
+                per_position[position] = per_position.get(position, 0) + int(value)
         return found | {"per_position": [per_position[i] for i in sorted(per_position)]}
 
     def proof_of_life(self) -> str | None:

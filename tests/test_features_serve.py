@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +47,9 @@ def environment(runner: str, directory: Path) -> dict[str, str]:
     return env
 
 
-def metric(url: str, pattern: str) -> float:
-    """Sum over the samples of the server's metrics whose name and labels match."""
-    with urllib.request.urlopen(url + "/metrics", timeout=30) as answer:
-        lines = re.findall(r"^(vllm:\S+) (\S+)$", answer.read().decode(), re.MULTILINE)
-    return sum(float(value) for name, value in lines if re.match(pattern, name))
+def metric(server: Any, pattern: str) -> float:
+    """Sum over the samples of the server's metrics whose name matches."""
+    return sum(value for name, _, value in server.metrics() if re.fullmatch(pattern, name))
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
@@ -89,11 +87,11 @@ def test_streaming_with_disconnects(runner: str, tmp_path: Path) -> None:
             cut = [f.result() for f in left]
         assert all(part and part == answer[: len(part)] != answer for part, answer in zip(cut, answers, strict=True))
         deadline = time.monotonic() + 60
-        unfinished = "vllm:num_requests_(running|waiting){"
-        while metric(server.url, unfinished) and time.monotonic() < deadline:
+        unfinished = "vllm:num_requests_(running|waiting)"
+        while metric(server, unfinished) and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert metric(server.url, unfinished) == 0, "requests of clients that went away are still there"
-        generated = metric(server.url, "vllm:generation_tokens_total")
+        assert metric(server, unfinished) == 0, "requests of clients that went away are still there"
+        generated = metric(server, "vllm:generation_tokens_total")
         assert 4 * NEW < generated < 4 * NEW + 2 * LONG, "answers were written to the end for clients that had gone"
         blocks = []
         for i, answer in enumerate(answers):

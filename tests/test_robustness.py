@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from pairs import make_pair
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from test_config import raw as valid_config
 from torch import nn
 
 import vllm_steer
@@ -182,17 +183,7 @@ def test_published_config_cut(tmp_path: Path) -> None:
 
 # --- fuzzed configs -----------------------------------------------------------------------------------------
 
-VALID: dict[str, Any] = {
-    "target": {"name": "T", "hidden_size": 12, "num_hidden_layers": 8, "vocab_size": 50},
-    "drafter": {"name": "D", "hidden_size": 6, "num_hidden_layers": 3, "intermediate_size": 10, "vocab_size": 50},
-    "target_layer_ids": [1, 4, 6],
-    "steered_layers": [0, 2],
-    "rank": 4,
-    "draft_length": 5,
-    "format_version": 1,
-    "provenance": {"command": "vllm-steer train"},
-    "acceptance": {"greedy": 3.2},
-}
+VALID = valid_config()
 REQUIRED = {"target", "drafter", "target_layer_ids", "steered_layers"}
 SIZES = {"target": ["hidden_size", "num_hidden_layers", "vocab_size"]}
 SIZES["drafter"] = [*SIZES["target"], "intermediate_size"]

@@ -242,9 +242,9 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
     most = room - counting.tokens_to_ask(config.max_tokens, config.k) - 2 * (config.k + 1)
     tokenizer = AutoTokenizer.from_pretrained(config.target)
-    kept, dropped = [], []
+    kept, dropped, template = [], [], config.template_options
     for prompt in config.read_prompts():
-        ids = encode_prompt(tokenizer, prompt.prompt, config.template_options)
+        ids = encode_prompt(tokenizer, prompt.prompt, template)
         if 0 < len(ids) <= most:
             kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
         else:

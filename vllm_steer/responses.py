@@ -209,12 +209,13 @@ def _requests(
     config: GenerateConfig, prompts: list[Prompt], tokenizer: Any, done: set[tuple[str, int]], dropped: dict[str, str]
 ) -> Iterator[Request]:
     """What is still to be asked, prompt by prompt; one whose messages the chat template refuses is dropped."""
+    template = config.template_options
     for prompt in prompts:
         samples = [n for n in range(config.samples) if (prompt.id, n) not in done]
         if not samples or prompt.id in dropped:
             continue
         try:
-            ids = encode_prompt(tokenizer, prompt.prompt, config.template_options)
+            ids = encode_prompt(tokenizer, prompt.prompt, template)
         except SteeringError as error:
             _drop(dropped, prompt.id, str(error))
             continue

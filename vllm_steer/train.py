@@ -193,9 +193,10 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     steering = None if config.mode == "distill" else Steering(settings)
     pair = Pair(drafter, steering, target, source.first_layer).to(arguments.device)
     pair.loss = LOSSES[config.loss]
-    judge = lambda: _judge(pair, source, range(len(rows), len(rows) + len(held_out)), config)  # noqa: E731
+    held = range(len(rows), len(rows) + len(held_out))
+    judge = lambda: _judge(pair, source, held, config)  # noqa: E731
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
-    control = _judge_control(config, target, source, range(len(rows), len(rows) + len(held_out)))
+    control = _judge_control(config, target, source, held)
     trainer = _trainer(config, pair, source, len(rows), arguments, judge)
     if config.steps:
         last = last_checkpoint(Path(config.output)) if config.resume else None
@@ -230,8 +231,7 @@ def _judge_control(config: TrainConfig, target: nn.Module, source: Batches, held
         return {}
     load_tokenizer(config.target, config.control)
     pair = Pair(load_model(config.control, torch.float32), None, target).to(source.device)
-    found = measure(pair.eval(), source.held(held_out, config.batch_size), config.k)
-    return {"control": {"drafter": public_name(config.control)} | found}
+    return {"control": {"drafter": public_name(config.control)} | _judge(pair, source, held_out, config)}
 
 
 def _arguments(config: TrainConfig) -> Any:
