@@ -76,7 +76,8 @@ class Runner:
         """Build one engine, run `calls` ({"prompts": [[ids]], "sampling": {...}}), close it; once per distinct job.
 
         "sampling" may be a list, one for each prompt, and so may "lora" (a directory or None); with "abort":
-        {"after": steps, "prompts": [indices]} those prompts are aborted after that many engine steps. A call marked
+        {"after": steps, "prompts": [indices]} those prompts are aborted after that many engine steps, with "steer":
+        {"after": steps, "scale": number} the switch is thrown then (its answers: "switched"). A call marked
         "refused" may be refused by vLLM; its result is then {"refused": vLLM's sentence}. "continues": i puts the
         prompts and answers of call i before the one prompt of this call.
 
@@ -225,14 +226,16 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
     sampling = [sampling_params(s) for s in each(call["sampling"])]
     paths = each(call.get("lora"))
     loras = [path and LoRARequest(path, 1 + paths.index(path), path) for path in paths]
-    if "abort" not in call:
+    if "abort" not in call and "steer" not in call:
         return llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
     engine, last, step = llm.llm_engine, {}, 0
     for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
         engine.add_request(str(i), {"type": "token"} | prompt, params)
     while engine.has_unfinished_requests():
-        if step == call["abort"]["after"]:
+        if "abort" in call and step == call["abort"]["after"]:
             engine.abort_request([str(i) for i in call["abort"]["prompts"]])
+        if "steer" in call and step == call["steer"]["after"]:
+            call["switched"] = llm.collective_rpc("steer", args=(call["steer"]["scale"],))
         last |= {out.request_id: out for out in engine.step()}
         step += 1
     return [last[str(i)] for i in range(n)]
@@ -290,6 +293,7 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
                 | {
                     "blocks": [by_request.get(int(o.request_id.split("-")[0]), []) for o in outs],
                     "rounds": list(rounds),
+                    "switched": call.get("switched"),
                 }
             )
         counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}

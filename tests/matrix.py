@@ -1,6 +1,6 @@
 """Turn the tests' results into the README's feature matrix.
 
-    pytest -m "" --junitxml matrix.xml tests/test_features*.py tests/test_parity.py tests/test_lossless.py
+    pytest -m "" --junitxml matrix.xml tests/test_features*.py tests/test_parity.py tests/test_lossless.py tests/test_switch.py
     python tests/matrix.py matrix.xml [--write README.md]      prints the table, or puts it between two comments there
 
 A cell is the worst of its tests' results for that model runner: a failure, then "not testable here" (a test that
@@ -56,6 +56,9 @@ MATRIX: dict[str, object] = {
         "v1": ("test_features::test_refused_at_start_up", "V1 has none"),
         "v2": ["test_features_engines::test_block_verification"],
     },
+    "steering switched off and on while serving": [
+        "test_switch::test_off_and_on_again_in_the_middle_of_requests",
+    ],
     "draft length by batch size": ["test_features_engines::test_draft_length_by_batch_size"],
     "LoRA on the target": ["test_features_engines::test_lora_on_the_target"],
     "quantized target (W8A8 int8)": ["test_features_engines::test_quantized[target]"],

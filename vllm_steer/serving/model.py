@@ -104,6 +104,7 @@ class Injection:
         if steering.config.projection_size != plan.projection_size:
             raise SteeringError(f"{plan.source} changed while the server was starting: start it again")
         self.plan = plan
+        self.scale = plan.scale  # multiplies every delta; at 0 no row is steered
         self.config = steering.config
         self.steering = _shard(steering, tp_rank, tp_size).to(device=device, dtype=dtype)
         if device.type == "cpu":
@@ -144,7 +145,8 @@ class Injection:
     @torch.inference_mode()
     def set_guides(self, states: Tensor) -> None:
         """states [B, 3H]: the target's states at each request's last accepted position -> its deltas."""
-        self.deltas[1 : states.shape[0] + 1] = self.steering(states) * self.plan.scale
+        if self.scale != 0:
+            self.deltas[1 : states.shape[0] + 1] = self.steering(states) * self.scale
 
     @torch.inference_mode()
     def steer_window(self, newest: Tensor, position: Tensor, first_row: Tensor, prompt_len: Tensor) -> None:
@@ -180,7 +182,7 @@ class Injection:
         return True
 
     def _use(self, n: int, form: int = LISTS, first: int = 0) -> None:
-        for i, value in enumerate((n, form, first)):
+        for i, value in enumerate((n if self.scale != 0 else 0, form, first)):
             self.count[i].fill_(value)
 
     @torch.inference_mode()

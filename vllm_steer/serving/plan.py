@@ -25,6 +25,7 @@ KILL_SWITCH = "STEER_DISABLE"  # without the VLLM_ prefix: vLLM warns about, or 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # where both model runners look for the target's layer ids
 PLAN = "vllm_steer_plan"
 OP_VERSION = 1  # raise when the injected computation changes: it salts the compile caches
+MAX_SCALE = 100
 OPTIONS = "vllm_steer"  # key in vLLM's --additional-config
 
 
@@ -49,8 +50,9 @@ class Options:
         options = cls(**raw)
         if isinstance(options.scale, bool) or not isinstance(options.scale, int | float):
             raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale!r}, allowed is a number")
-        if not abs(options.scale) <= 100:
-            raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale}, allowed is -100 to 100")
+        if not abs(options.scale) <= MAX_SCALE:
+            allowed = f"-{MAX_SCALE} to {MAX_SCALE}"
+            raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale}, allowed is {allowed}")
         for key in ("adapter", "revision"):
             if not isinstance(getattr(options, key), str | None):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")

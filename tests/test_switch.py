@@ -1,0 +1,92 @@
+"""The run-time switch: which rounds it reaches, that it is off unless asked for, that output never depends on it."""
+
+from __future__ import annotations
+
+import json
+import types
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Runner, assert_steered
+from pairs import make_pair, random_prompt
+from test_serve import ENV, OPTIONS, PAIR, serve
+
+from vllm_steer.serving.switch import Switch
+
+RUNNERS = pytest.mark.parametrize("runner", ["v1", "v2"])
+K, NEW, AFTER = 4, 24, 6
+PROMPTS = [random_prompt(n, seed=n) for n in (5, 12, 9)]
+EXTENSION = "vllm_steer.serving.switch.Switch"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return make_pair(tmp_path_factory.mktemp("switch"), "llama")
+
+
+def run(runner: Runner, target: Path, drafter: Path, *scales: float, **keys: Any) -> list[dict[str, Any]]:
+    """One engine; PROMPTS once for every scale, which is set after AFTER steps of it."""
+    calls = [{"prompts": PROMPTS, "sampling": {"max_tokens": NEW}} for _ in range(max(1, len(scales)))]
+    for call, scale in zip(calls, scales, strict=False):
+        call["steer"] = {"after": AFTER, "scale": scale}
+    spec = {"model": str(drafter), "num_speculative_tokens": K}
+    out = runner.run(target, spec, calls, **keys)
+    assert out["error"] is None, f"{out['error']}\n{out['log'][-4000:]}"
+    return out["calls"]
+
+
+@RUNNERS
+def test_off_and_on_again_in_the_middle_of_requests(pair: Any, runner: str, runners: Any) -> None:
+    target, plain, steered = pair
+    off, on = run(runners(runner), target, steered, 0, 1, worker_extension_cls=EXTENSION)
+    (stock,), (always,) = run(runners(runner), target, plain), run(runners(runner), target, steered)
+    assert off["switched"] == [{"rank": 0, "scale": 0.0}] and on["switched"] == [{"rank": 0, "scale": 1.0}]
+    assert off["tokens"] == on["tokens"] == stock["tokens"]
+    assert_steered(off | {"rounds": off["rounds"][:AFTER]}, {K})
+    assert len(off["rounds"]) > AFTER and not any(sum(r["rows"]) for r in off["rounds"][AFTER:])
+    assert not any(sum(r["rows"]) for r in on["rounds"][:AFTER])
+    assert_steered(on | {"rounds": on["rounds"][AFTER:]}, {K})
+    # Up to the switch every block is the one of an engine that never switched: always steered, never steered.
+    for switched, kept in ((off, always), (on, stock)):
+        same = [one[: AFTER - 1] == other[: AFTER - 1] for one, other in
+                zip(switched["blocks"], kept["blocks"], strict=True)]  # fmt: skip
+        assert all(same)
+        assert switched["blocks"] != kept["blocks"]
+    assert stock["blocks"] != always["blocks"]
+
+
+def test_what_it_answers() -> None:
+    worker = Switch()
+    worker.rank, worker.model_runner = 1, types.SimpleNamespace(drafter=types.SimpleNamespace(injection=None))
+    assert worker.steer(1) == {"rank": 1, "error": "this engine is not steered"}
+    worker.model_runner.drafter.injection = types.SimpleNamespace(scale=0.5)
+    assert worker.steer() == worker.steer(0.5) == {"rank": 1, "scale": 0.5}
+    assert worker.steer(scale=-2) == {"rank": 1, "scale": -2.0}
+    for bad in ("off", True, float("nan"), 101):
+        assert "allowed is a number from -100 to 100" in worker.steer(bad)["error"], bad
+    assert worker.steer() == {"rank": 1, "scale": -2.0}
+
+
+def rpc(url: str, **body: Any) -> Any:
+    request = urllib.request.Request(url + "/collective_rpc", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("development", [True, False])
+def test_over_http(development: bool, tmp_path: Path) -> None:
+    spec = {"model": str(PAIR / "steered"), "num_speculative_tokens": K}
+    env = ENV | ({"VLLM_SERVER_DEV_MODE": "1"} if development else {})
+    options = (*OPTIONS, "--enforce-eager", "--worker-extension-cls", EXTENSION)
+    with serve(PAIR / "target", tmp_path / "log", *options, speculative=spec, env=env, timeout=240) as server:
+        if development:
+            assert rpc(server.url, method="steer", kwargs={"scale": 0})["results"] == [{"rank": 0, "scale": 0.0}]
+            assert rpc(server.url, method="steer")["results"] == [{"rank": 0, "scale": 0.0}]
+            assert "allowed is a number" in rpc(server.url, method="steer", args=["off"])["results"][0]["error"]
+        else:
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                rpc(server.url, method="steer", kwargs={"scale": 0})
