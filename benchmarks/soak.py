@@ -11,6 +11,9 @@ is a straight line through what follows the warm-up, the first fifth.
 
     python benchmarks/soak.py examples/tiny_pair/target examples/tiny_pair/steered examples/tiny_pair/heldout.jsonl \
         --requests 2000 --clients 16 --json soak.json --plot soak.png
+
+`--stock` takes a plain drafter instead: what of the memory's growth is vLLM's own. `--runner v2` without a GPU runs on
+Triton's interpreter (`make triton`), slowly.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from typing import Any
 
 from record import write_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("examples", "tests")]
+from engines import server_env  # noqa: E402
 from server import Server, serve  # noqa: E402
 
 LONGEST = 128  # new tokens of a request, at most
@@ -167,7 +171,7 @@ def plot(path: Path, watched: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
-    parser.add_argument("drafter", type=Path, help="steered drafter")
+    parser.add_argument("drafter", type=Path, help="steered drafter; with --stock a plain one")
     parser.add_argument("prompts", type=Path, help='JSONL of {"prompt": text}')
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=16, help="requests in flight")
@@ -176,6 +180,8 @@ def main() -> int:
     parser.add_argument("--kv-blocks", type=int, default=48, help="KV blocks of 32 tokens in all")
     parser.add_argument("--k", type=int, default=5, help="drafts per block")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.add_argument("--stock", action="store_true", help="do not steer")
     parser.add_argument("--args", nargs=argparse.REMAINDER, default=[], help="further options of `vllm serve`, last")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -189,11 +195,13 @@ def main() -> int:
               "--gpu-memory-utilization", "0.3", "--block-size", "32", *args.args)  # fmt: skip
     tiny = ("--num-gpu-blocks-override", str(args.kv_blocks), "--max-num-seqs", "8")
     with tempfile.TemporaryDirectory() as folder:
-        with serve(args.target, Path(folder) / "alone.log", *common) as server:
+        env = server_env(args.runner, Path(folder))
+        with serve(args.target, Path(folder) / "alone.log", *common, env=env) as server:
             want = asyncio.run(alone(server, prompts))
         spec = {"model": str(args.drafter), "num_speculative_tokens": args.k}
-        with serve(args.target, Path(folder) / "soak.log", *common, *tiny, speculative=spec) as server:
-            print(server.proof_of_life() or sys.exit("the server does not steer"))
+        with serve(args.target, Path(folder) / "soak.log", *common, *tiny, speculative=spec, env=env) as server:
+            if bool(server.proof_of_life()) == args.stock:
+                sys.exit("the server steers, --stock" if args.stock else "the server does not steer")
             began = time.monotonic()
             tally, watched = asyncio.run(soak(server, prompts, want, args))
             seconds, counters = time.monotonic() - began, server.counters()

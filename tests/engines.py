@@ -49,6 +49,21 @@ def runner_env(runner: str) -> dict[str, str]:
     return {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "STEER_TEST_TRITON": str(TRITON)}
 
 
+# In every process of a server, before vLLM is imported.
+INTERPRETER = "import os, engines\nengines.pretend_triton_has_a_cpu_backend(os.environ['STEER_TEST_TRITON'])\n"
+
+
+def server_env(runner: str, directory: Path) -> dict[str, str]:
+    """What a `vllm serve` of this runner needs: for V2 here, an interpreter's start (in `directory`) that prepares
+    Triton in each of its processes."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | runner_env(runner)
+    if "STEER_TEST_TRITON" in env:
+        (directory / "sitecustomize.py").write_text(INTERPRETER)
+        paths = [str(directory), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    return env
+
+
 class Runner:
     """Client of one engine process; `script` is what runs there."""
 

@@ -1,6 +1,6 @@
 """Turn the tests' results into the README's feature matrix.
 
-    pytest -m "" --junitxml matrix.xml tests/test_features*.py tests/test_parity.py tests/test_lossless.py tests/test_switch.py
+    pytest -m "" --junitxml matrix.xml tests/test_{features*,parity,lossless,switch}.py
     python tests/matrix.py matrix.xml [--write README.md]      prints the table, or puts it between two comments there
 
 A cell is the worst of its tests' results for that model runner: a failure, then "not testable here" (a test that

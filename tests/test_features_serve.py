@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import runner_env
+from engines import server_env
 from pairs import make_pair, random_prompt
 from test_serve import OPTIONS, serve
 from transformers import AutoModelForCausalLM
@@ -24,8 +23,6 @@ pytestmark = pytest.mark.slow
 K, NEW = 4, 40
 LONG = 400  # tokens that a client asks for who will not stay
 LENGTHS = (5, 9, 17, 40)
-# In every process of a server, before vLLM is imported: see engines.py.
-INTERPRETER = "import os, engines\nengines.pretend_triton_has_a_cpu_backend(os.environ['STEER_TEST_TRITON'])\n"
 
 
 def reference(pair: tuple[Path, Path, Path], steered: bool) -> list[Generation]:
@@ -35,16 +32,6 @@ def reference(pair: tuple[Path, Path, Path], steered: bool) -> list[Generation]:
     steering = checkpoint.load(pair[2]) if steered else None
     prompts = [random_prompt(n, seed=n) for n in LENGTHS]
     return [generate(target, drafter, p, steering, k=K, max_new_tokens=NEW) for p in prompts]
-
-
-def environment(runner: str, directory: Path) -> dict[str, str]:
-    """What a server of this runner needs: for V2 here, an interpreter's start that prepares Triton."""
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | runner_env(runner)
-    if "STEER_TEST_TRITON" in env:
-        (directory / "sitecustomize.py").write_text(INTERPRETER)
-        paths = [str(directory), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        env["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
-    return env
 
 
 def metric(server: Any, pattern: str) -> float:
@@ -61,7 +48,7 @@ def test_streaming_with_disconnects(runner: str, tmp_path: Path) -> None:
     on, off = reference(pair, steered=True), reference(pair, steered=False)
     answers = [g.tokens for g in on]
     spec = {"model": str(pair[2]), "num_speculative_tokens": K}
-    env = environment(runner, tmp_path)
+    env = server_env(runner, tmp_path)
     options = (*OPTIONS, "--enforce-eager")
     with serve(pair[0], tmp_path / "log", *options, speculative=spec, env=env, timeout=500) as server:
         client = OpenAI(base_url=server.url + "/v1", api_key="none", timeout=300)

@@ -1,0 +1,126 @@
+"""What the plugin does on other releases of vLLM, each installed into an environment of its own by the Makefile.
+
+    python tests/versions.py 0.32.0 0.31.0:2.13.0 0.25.1:2.11.0 --output versions.json
+
+A release is VLLM or VLLM:TORCH (CPU builds). In each environment real engines answer two prompts of the tiny pair, in a
+process of their own: the target alone, then
+
+    plain      an unsteered drafter: must answer like the target, whatever the release
+    steered    a steered drafter: must answer like the target and be steered, or be refused with our sentence
+    disabled   the same with STEER_DISABLE=1: must answer like the target
+    broken     a plain drafter while the plugin cannot be imported: must answer like the target
+
+The exit code is 1 if one of them does something else. An environment that is there already is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIR = ROOT / "examples" / "tiny_pair"
+CASES = {
+    "alone": (None, {}),
+    "plain": ("drafter", {}),
+    "steered": ("steered", {}),
+    "disabled": ("steered", {"STEER_DISABLE": "1"}),
+    "broken": ("drafter", {"STEER_TEST_NO_WRAPT": "1"}),
+}
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+REFUSALS = ("vllm-steer works with", "has no place for steering")
+
+
+def answer(drafter: str | None) -> dict[str, Any]:
+    """In the environment of a release: the tokens of one engine, every seam, and whether a proof of life was logged."""
+    if os.environ.get("STEER_TEST_NO_WRAPT"):
+        sys.modules["wrapt"] = None  # the plugin's import of it raises ImportError
+    import vllm
+
+    spec = drafter and {"model": str(PAIR / drafter), "num_speculative_tokens": 5}
+    llm = vllm.LLM(
+        str(PAIR / "target"), speculative_config=spec, dtype="float32", enforce_eager=True, max_model_len=256,
+        max_num_seqs=4, gpu_memory_utilization=0.3,
+    )  # fmt: skip
+    lines = (PAIR / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    params = vllm.SamplingParams(temperature=0, max_tokens=32)
+    found = {"vllm": vllm.__version__, "tokens": [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]}
+    if not os.environ.get("STEER_TEST_NO_WRAPT"):
+        from vllm_steer.serving import seams
+
+        found["seams"] = seams.ways()
+    return found
+
+
+def run_case(python: Path, case: str) -> dict[str, Any]:
+    """`answer` in a process of `python`: its result, or {"error": the end of its output}; "log" has our lines."""
+    drafter, env = CASES[case]
+    with tempfile.NamedTemporaryFile() as result:
+        done = subprocess.run(
+            [python, __file__, "--answer", drafter or "", "--to", result.name],
+            env=os.environ | ENV | env, capture_output=True, text=True, timeout=900, check=False,
+        )  # fmt: skip
+        text = done.stdout + done.stderr
+        found = json.loads(Path(result.name).read_text() or "{}") if done.returncode == 0 else {}
+    if done.returncode:
+        refused = next((line.strip() for line in text.splitlines() if any(r in line for r in REFUSALS)), None)
+        found = {"refused": refused} if refused else {"error": text[-1500:]}
+    return found | {"proof": "steering is on" in text}
+
+
+def judge(cases: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Each case's outcome: "as the target", "steered, as the target", "refused: ...", or "WRONG: ..."."""
+    alone = cases["alone"].get("tokens")
+    outcomes = {}
+    for case, found in cases.items():
+        if case == "steered" and found.get("refused"):
+            outcomes[case] = f"refused: {found['refused']}"
+        elif alone is None or found.get("tokens") != alone:
+            outcomes[case] = f"WRONG: {found.get('error') or found.get('refused') or 'other tokens than the target'}"
+        elif found["proof"] != (case == "steered"):
+            outcomes[case] = f"WRONG: {'steered' if found['proof'] else 'not steered'}"
+        else:
+            outcomes[case] = "steered, as the target" if found["proof"] else "as the target"
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("releases", nargs="*", metavar="VLLM[:TORCH]")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-steer-versions")
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--answer", help=argparse.SUPPRESS)
+    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.to:
+        args.to.write_text(json.dumps(answer(args.answer or None)))
+        return 0
+    report = {}
+    for release in args.releases:
+        version, _, torch = release.partition(":")
+        venv = args.scratch / version
+        pins = [f"VLLM={version}", *([f"TORCH={torch}"] if torch else [])]
+        subprocess.run(["make", "install", f"VENV={venv}", *pins], cwd=ROOT, check=True)
+        cases = {case: run_case(venv / "bin" / "python", case) for case in CASES}
+        report[version] = {"outcomes": judge(cases), "seams": cases["plain"].get("seams")}
+        print(json.dumps({version: report[version]}, indent=2), flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(any(o.startswith("WRONG") for found in report.values() for o in found["outcomes"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
