@@ -92,7 +92,8 @@ class Runner:
 
         "sampling" may be a list, one for each prompt, and so may "lora" (a directory or None); with "abort":
         {"after": steps, "prompts": [indices]} those prompts are aborted after that many engine steps, with "steer":
-        {"after": steps, "scale": number} the switch is thrown then (its answers: "switched"). A call marked
+        {"after": steps, "scale": number} the switch is thrown then (its answers: "switched"), with "kill": {"after":
+        steps, "rank": number} that worker is killed, where workers are Ray's actors. A call marked
         "refused" may be refused by vLLM; its result is then {"refused": vLLM's sentence}. "continues": i puts the
         prompts and answers of call i before the one prompt of this call.
 
@@ -241,7 +242,7 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
     sampling = [sampling_params(s) for s in each(call["sampling"])]
     paths = each(call.get("lora"))
     loras = [path and LoRARequest(path, 1 + paths.index(path), path) for path in paths]
-    if "abort" not in call and "steer" not in call:
+    if not {"abort", "steer", "kill"} & call.keys():
         return llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
     engine, last, step = llm.llm_engine, {}, 0
     for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
@@ -251,6 +252,10 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
             engine.abort_request([str(i) for i in call["abort"]["prompts"]])
         if "steer" in call and step == call["steer"]["after"]:
             call["switched"] = llm.collective_rpc("steer", args=(call["steer"]["scale"],))
+        if "kill" in call and step == call["kill"]["after"]:
+            import ray
+
+            ray.kill(engine.engine_core.engine_core.model_executor.workers[call["kill"]["rank"]])
         last |= {out.request_id: out for out in engine.step()}
         step += 1
     return [last[str(i)] for i in range(n)]

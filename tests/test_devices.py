@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from engines import Runner, assert_steered
 from pairs import DRAFTER, Size, make_pair, random_prompt
-from test_features_serve import LENGTHS, NEW, K, metric, reference
+from test_features_serve import LENGTHS, NEW, K, reference
 from test_plan import engine_config
 from test_serve import OPTIONS, serve
 from workers import several
@@ -153,6 +153,18 @@ def test_ray(pair: Pair, tensor: Runner, on_ray: Runner, executor: str) -> None:
     assert [worker["blocks"] for worker in off["workers"]] == [stock["workers"][0]["blocks"]] * 2
 
 
+@pytest.mark.slow
+def test_a_killed_ray_actor(pair: Pair, on_ray: Runner) -> None:
+    """The engine ends with an error, it does not hang; the next one steers as before."""
+    target, _, steered = pair
+    keys = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    spec = {"model": str(steered), "num_speculative_tokens": K}
+    call = {"prompts": PROMPTS, "sampling": {"max_tokens": 12}}
+    out = on_ray.run(target, spec, [call | {"kill": {"after": 3, "rank": 1}}], **FEW, **keys)
+    assert out["error"] and re.search("(?i)died|dead|killed", out["error"]), out["error"]
+    assert run(on_ray, target, steered, **keys)["tokens"] == run(on_ray, target, None)["tokens"]
+
+
 # --- data parallel --------------------------------------------------------------------------------------------------
 
 
@@ -176,8 +188,12 @@ def test_data_parallel(pair: Pair, tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(ask, LENGTHS * 2))
+        samples = server.metrics()
         accepted, drafts = (
-            [metric(server.url, f'vllm:spec_decode_num_{name}_total{{engine="{i}"') for i in range(2)]
+            [
+                sum(v for n, labels, v in samples if n == f"vllm:spec_decode_num_{name}_total" and engine in labels)
+                for engine in ('engine="0"', 'engine="1"')
+            ]
             for name in ("accepted_tokens", "drafts")
         )
         log = (tmp_path / "log").read_text(errors="replace")
