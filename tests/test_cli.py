@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,22 @@ def test_help_and_version_do_without_torch() -> None:
         assert shown in out.stdout
 
 
-@pytest.mark.parametrize("verb", ["check", "generate", "train", "bench", "push", "merge", "import"])
+VERBS = [*cli.OPTION_VERBS, "check", "merge", "import"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])
     shown = capsys.readouterr().out
     assert not end.value.code and f"example:\n  vllm-steer {verb} " in shown
+
+
+@pytest.mark.parametrize("verb", cli.OPTION_VERBS)
+def test_the_examples_are_understood(verb: str) -> None:
+    argv = [verb, *shlex.split(cli.OPTION_VERBS[verb][2])]
+    _, rest = cli._parser(argv).parse_known_args(argv)
+    assert not rest or verb in cli.PASSES_ON
 
 
 def test_usage_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,12 +30,23 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
         "measure acceptance and speed of several drafters of one target in vLLM",
         "--target T --drafters plain=D steered=./drafter-steered --prompts builtin --split test --output ./bench",
     ),
+    "serve": (
+        "vllm_steer.serve",
+        "serve a steered checkpoint or adapter: become `vllm serve` with what it was made for",
+        "./drafter-steered --port 8000 --max-model-len 8192",
+    ),
+    "doctor": (
+        "vllm_steer.doctor",
+        "say what would keep a drafter from being steered here, and whether a running server steers",
+        "./drafter-steered --target Qwen/Qwen3-8B --url http://localhost:8000",
+    ),
     "push": (
         "vllm_steer.card",
         "write a model card from what is on record, and upload a checkpoint to the hub",
         "--directory ./drafter-steered --repo OWNER/NAME --bench ./bench --license apache-2.0",
     ),
 }
+PASSES_ON = ("serve",)  # what these verbs do not know they hand to somebody else
 EPILOG = """\
 from a target and a small model of its family to a steered drafter and its table:
 
@@ -47,6 +58,8 @@ from a target and a small model of its family to a steered drafter and its table
 a steered drafter is a model directory with a steering/ folder; vLLM serves it as a draft model:
 
   vllm-steer check ./drafter-steered --target Qwen/Qwen2.5-Coder-1.5B-Instruct
+  vllm-steer doctor ./drafter-steered --target Qwen/Qwen2.5-Coder-1.5B-Instruct
+  vllm-steer serve ./drafter-steered --target Qwen/Qwen2.5-Coder-1.5B-Instruct --port 8000
   vllm serve Qwen/Qwen2.5-Coder-1.5B-Instruct \\
       --speculative-config '{"model": "./drafter-steered", "num_speculative_tokens": 5}'
 
@@ -55,18 +68,20 @@ a steered drafter is a model directory with a steering/ folder; vLLM serves it a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 for a mistake that has a sentence, 130 for Ctrl-C."""
+    """Run one verb. Returns the exit status: its own, or 0, 1 for a mistake with a sentence, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser(argv).parse_args(argv)
-        args.function(args)
+        parser = _parser(argv)
+        args, args.rest = parser.parse_known_args(argv)
+        if args.rest and args.verb not in PASSES_ON:
+            parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        return args.function(args) or 0
     except SteeringError as error:
         print(f"vllm-steer: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vllm-steer: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -80,12 +95,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-steer {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, function: Callable[[argparse.Namespace], None], text: str, example: str):
+    def verb(name: str, function: Callable[[argparse.Namespace], int | None], text: str, example: str):
         sub = verbs.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=form,
-            epilog=f"example:\n  vllm-steer {name} {example}",
+            epilog=f"example:\n  vllm-steer {name} {example}", allow_abbrev=name not in PASSES_ON,
         )  # fmt: skip
-        sub.set_defaults(function=function)
+        sub.set_defaults(function=function, verb=name)
         return sub
 
     sub = verb("check", _check, "load a steered checkpoint or adapter, validate it and say what it is",
@@ -151,8 +166,8 @@ def describe(config: SteeringConfig, adapter: bool) -> str:
     return "\n".join(lines)
 
 
-def _run(module: str, args: argparse.Namespace) -> None:
-    importlib.import_module(module).run(args)
+def _run(module: str, args: argparse.Namespace) -> int | None:
+    return importlib.import_module(module).run(args)
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
         elif isinstance(item.default, bool):
             how["action"] = "store_true"
         else:
-            how.setdefault("type", type(item.default))
+            how.setdefault("type", str if item.default in (None, ()) else type(item.default))
             how["default"] = item.default
             how["help"] += "" if item.default in (None, ()) else f" (default: {item.default})"
         parser.add_argument(flag(item.name), **how)

@@ -17,7 +17,7 @@ from vllm_steer import checkpoint
 from vllm_steer.config import SteeringConfig, SteeringError, check_pair, text_config
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = logging.getLogger("vllm.steer")
 
@@ -165,7 +165,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     config, draft_length = steering.config, vllm_config.speculative_config.num_speculative_tokens
     check_pair(config, vllm_config.model_config.hf_config, draft.hf_config)
     _require_shares(vllm_config, config.drafter.intermediate_size)
-    _require_target_states(vllm_config)
+    require_target_states(vllm_config.model_config)
     _warn_draft_length(config, draft_length)
     plan = Plan(
         source=str(source),
@@ -229,7 +229,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "rejection_sample_method is 'block', which vLLM's V1 runner ignores: drop it, or use the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
-    if not v2 and _has_sliding_window(draft):
+    if not v2 and has_sliding_window(draft.hf_config):
         if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             raise SteeringError(
                 f"the drafter {draft.model!r} has sliding-window layers; vLLM's V1 runner then mixes "
@@ -238,8 +238,9 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             )
 
 
-def _has_sliding_window(model_config: Any) -> bool:
-    config = text_config(model_config.hf_config)
+def has_sliding_window(hf_config: Any) -> bool:
+    """Whether any layer of a transformers config attends to a window only."""
+    config = text_config(hf_config)
     if (kinds := getattr(config, "layer_types", None)) is not None:
         return "sliding_attention" in kinds
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
@@ -260,15 +261,16 @@ def _require_shares(vllm_config: VllmConfig, width: int) -> None:
         )
 
 
-def _require_target_states(vllm_config: VllmConfig) -> None:
+def require_target_states(model_config: ModelConfig) -> None:
+    """Raise SteeringError unless vLLM's class for this target can hand out the input of any layer."""
     from vllm.model_executor.model_loader.utils import get_model_cls
     from vllm.model_executor.models.interfaces import supports_eagle3
 
-    target = get_model_cls(vllm_config.model_config)
+    target = get_model_cls(model_config)
     if not supports_eagle3(target):
         raise SteeringError(
             f"vLLM's {target.__name__} cannot emit hidden states of its layers (SupportsEagle3), so "
-            f"{vllm_config.model_config.model!r} cannot steer a drafter: choose a target of another family "
+            f"{model_config.model!r} cannot steer a drafter: choose a target of another family "
             f"(Llama, Qwen2, Qwen3, Mistral, ...), or set {KILL_SWITCH}=1"
         )
 
