@@ -2,8 +2,8 @@
 
     python tests/versions.py 0.32.0 0.31.0:2.13.0 0.25.1:2.11.0 --output versions.json
 
-A release is VLLM or VLLM:TORCH (CPU builds). In each environment real engines answer two prompts of the tiny pair, in a
-process of their own: the target alone, then
+A release is VLLM or VLLM:TORCH (CPU builds), or the path of a Python that has one and this plugin. In each environment
+real engines answer two prompts of the tiny pair, each in a process of its own: the target alone, then
 
     plain      an unsteered drafter: must answer like the target, whatever the release
     steered    a steered drafter: must answer like the target and be steered, or be refused with our sentence
@@ -16,6 +16,7 @@ The exit code is 1 if one of them does something else. An environment that is th
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -65,6 +66,14 @@ def answer(drafter: str | None) -> dict[str, Any]:
     return found
 
 
+def install(release: str, scratch: Path) -> Path:
+    """The Python of an environment with this release."""
+    version, _, torch = release.partition(":")
+    pins = [f"VLLM={version}", *([f"TORCH={torch}"] if torch else [])]
+    subprocess.run(["make", "install", f"VENV={scratch / version}", *pins], cwd=ROOT, check=True)
+    return scratch / version / "bin" / "python"
+
+
 def run_case(python: Path, case: str) -> dict[str, Any]:
     """`answer` in a process of `python`: its result, or {"error": the end of its output}; "log" has our lines."""
     drafter, env = CASES[case]
@@ -76,7 +85,8 @@ def run_case(python: Path, case: str) -> dict[str, Any]:
         text = done.stdout + done.stderr
         found = json.loads(Path(result.name).read_text() or "{}") if done.returncode == 0 else {}
     if done.returncode:
-        refused = next((line.strip() for line in text.splitlines() if any(r in line for r in REFUSALS)), None)
+        told = (line.strip() for line in text.splitlines() if any(r in line for r in REFUSALS))
+        refused = next(told, "").partition(" [type=")[0]
         found = {"refused": refused} if refused else {"error": text[-1500:]}
     return found | {"proof": "steering is on" in text}
 
@@ -110,15 +120,16 @@ def main() -> int:
         return 0
     report = {}
     for release in args.releases:
-        version, _, torch = release.partition(":")
-        venv = args.scratch / version
-        pins = [f"VLLM={version}", *([f"TORCH={torch}"] if torch else [])]
-        subprocess.run(["make", "install", f"VENV={venv}", *pins], cwd=ROOT, check=True)
-        cases = {case: run_case(venv / "bin" / "python", case) for case in CASES}
+        python = Path(release) if "/" in release else install(release, args.scratch)
+        cases = {case: run_case(python, case) for case in CASES}
+        version = cases["plain"].get("vllm", release)
         report[version] = {"outcomes": judge(cases), "seams": cases["plain"].get("seams")}
         print(json.dumps({version: report[version]}, indent=2), flush=True)
     if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        day = datetime.date.today().isoformat()
+        command = " ".join(["python tests/versions.py", *(Path(r).parts[-3] if "/" in r else r for r in args.releases)])
+        written = {"date": day, "command": command, "releases": report}
+        args.output.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return int(any(o.startswith("WRONG") for found in report.values() for o in found["outcomes"].values()))
 
 
