@@ -221,8 +221,7 @@ UNKNOWN = {
     "which",
     [
         "newer",
-        "front_end_changed",
-        *(pytest.param(which, marks=pytest.mark.slow) for which in ("runner_changed", "both_changed")),
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("front_end_changed", "runner_changed", "both_changed")),
     ],
 )
 def test_an_unknown_vllm(pair: Pair, tensor: Runner, tmp_path: Path, which: str) -> None:
