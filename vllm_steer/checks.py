@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
-import torch
-
 from vllm_steer import checkpoint
 from vllm_steer.config import SteeringConfig, check_pair, text_config
 from vllm_steer.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
@@ -236,7 +234,7 @@ def memory(case: Case) -> Iterable[Finding]:
     added = added_bytes(case.config, requests, dtype.itemsize, case.tensor_parallel_size)
     seen = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in added.items())
     seen += f" a rank, in {str(dtype).removeprefix('torch.')}, for {requests} requests"
-    total = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    total = survey.device_memory()
     if total is not None:
         seen += f", {sum(added.values()) / total:.1%} of the device"
     if total is not None and sum(added.values()) > MEMORY_SHARE * total:

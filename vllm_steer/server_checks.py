@@ -12,10 +12,9 @@ from vllm_steer import endpoint
 from vllm_steer.config import SteeringConfig, SteeringError
 from vllm_steer.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.serving.plan import KILL_SWITCH
-from vllm_steer.serving.watch import recorded
+from vllm_steer.serving.watch import LOW, recorded
 
 ENOUGH_BLOCKS = 50
-COLLAPSED = 0.5  # of the recorded accepted tokens per block
 GAUGES = "vllm_steer:"
 
 
@@ -56,8 +55,8 @@ def is_steering(case: Case) -> Iterable[Finding]:
         seen = "the server has no gauges of the plugin's, and no CHECKPOINT says that it should"
         yield Finding("steering", SKIPPED, seen)
     else:
-        remedy = "run `vllm-steer doctor` in its environment, and start it without --disable-log-stats"
-        seen = f"no gauge {GAUGES}steering_on: the plugin is not loaded or switched off, or the statistics are"
+        remedy = 'run `vllm-steer doctor` in its environment, and look for "steering is on" in its log'
+        seen = f"no gauge {GAUGES}steering_on: the plugin is not loaded or switched off (or its workers are Ray's)"
         yield Finding("steering", FAIL, seen, remedy)
 
 
@@ -80,7 +79,7 @@ def acceptance(case: Case) -> Iterable[Finding]:
     if found == 0:
         remedy = "the drafter gets no token right: check that target and drafter are the pair that was trained"
         yield Finding("acceptance", FAIL, seen, remedy)
-    elif wanted is not None and found < COLLAPSED * wanted:
+    elif wanted is not None and found < LOW * wanted:
         remedy = "traffic unlike the training data? train on responses to prompts like these, or see the checks above"
         yield Finding("acceptance", WARNING, seen, remedy)
     else:

@@ -59,6 +59,7 @@ class Gauges(StatLoggerBase):
         self._on = False
         self._file: Path | None = None
         self._next = 0.0
+        self._lost = False
         self._last: dict[tuple[str, str], float] = {}
         try:
             parallel = vllm_config.parallel_config
@@ -100,15 +101,21 @@ class Gauges(StatLoggerBase):
                 self._file, self._last = found, {}
                 Finalize(None, watch.remove, (found,), exitpriority=0)  # vLLM kills its workers when it ends
         if report is not None:
+            self._lost = False
             self._publish(report)
         elif self._file is None:
             self._on = False
             logger.warning(
                 "engine %d is steered, but its worker left no counts on this machine: there will be no vllm_steer "
-                "metrics for it at /metrics (a worker on another machine, or one that may not write to the same "
-                "directory for temporary files)",
+                "metrics for it at /metrics (a worker of Ray's or on another machine, or one that may not write to the "
+                "same directory for temporary files)",
                 self._engine,
             )
+        elif not self._lost:
+            self._lost = True
+            for key in GAUGES:  # counters stay; these would tell what is no longer known
+                metrics()[key].labels(*self._labels).set(float("nan"))
+            logger.warning("the worker of engine %d reports no counts any more: vllm_steer metrics stop", self._engine)
 
     def _publish(self, report: dict[str, Any]) -> None:
         made = metrics()
@@ -126,3 +133,7 @@ class Gauges(StatLoggerBase):
         labels = [*self._labels, position] if position else self._labels
         metrics()[key].labels(*labels).inc(value - self._last.get((key, position), 0.0))
         self._last[key, position] = value
+
+
+# A method that a later vLLM adds is nothing to end its servers for, steered or not: vLLM builds this class unguarded.
+Gauges.__abstractmethods__ = frozenset()

@@ -207,6 +207,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "parallel drafting": spec.parallel_drafting,
+        "sleep mode, which loses the steering's weights,": vllm_config.model_config.enable_sleep_mode,
         "adaptive verification": getattr(spec, "enable_adaptive_verification", False),
         "heterogeneous vocabularies": getattr(spec, "use_heterogeneous_vocab", False),
     }

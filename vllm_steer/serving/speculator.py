@@ -62,7 +62,8 @@ class SteeredSpeculator(StandaloneARSpeculator):
         accepted = batch.query_start_loc[1 : n + 1] - batch.query_start_loc[:n] - num_rejected[:n]
         last = start + accepted - 1
         self.injection.set_guides(torch.cat([layer[last] for layer in states], dim=-1))
-        if (blocks := self.injection.blocks) is not None:
+        # With a grammar and asynchronous scheduling vLLM verifies fewer drafts than it says: those are not counted.
+        if (blocks := self.injection.blocks) is not None and not batch.has_structured_output_reqs:
             blocks.verified(
                 batch.req_ids,
                 batch.num_draft_tokens_per_req,

@@ -47,6 +47,18 @@ def seam_ways() -> list[tuple[seams.Seam, str]]:
     return [(seam, unreadable.get(seam) or ways[f"{seam.module}:{seam.name}"]) for seam in seams.SEAMS]
 
 
+def device_memory() -> int | None:
+    """Bytes of the first accelerator, or None. It may be full: nothing is made on it."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return None
+    try:
+        return current_platform.get_device_total_memory()
+    except Exception:  # a platform that cannot tell, a driver that does not answer
+        return None
+
+
 @functools.cache
 def model_config(model: str) -> ModelConfig:
     """vLLM's view of a model directory or hub id. Raises SteeringError with vLLM's sentence for what it refuses."""
@@ -95,5 +107,5 @@ def _told(build: Callable[[], T]) -> T:
         return build()
     except ValidationError as error:
         raise SteeringError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # the last: no device
         raise SteeringError(str(error)) from None

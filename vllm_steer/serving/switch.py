@@ -3,12 +3,14 @@
 It is vLLM's own way of adding calls to its workers, and off unless asked for twice: the class must be named at start,
 and the route that reaches it exists in vLLM's development mode only.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve TARGET --spec-model DRAFTER --spec-tokens 5 \\
+    VLLM_SERVER_DEV_MODE=1 vllm serve TARGET --spec-model DRAFTER --spec-tokens 5 --host 127.0.0.1 \\
         --worker-extension-cls vllm_steer.serving.switch.Switch
-    curl localhost:8000/collective_rpc -d '{"method": "steer", "kwargs": {"scale": 0}}'
+    curl 127.0.0.1:8000/collective_rpc -d '{"method": "steer", "kwargs": {"scale": 0}}'
 
-Workers take calls between steps, so a batch is drafted with one scale, and all workers change at the same step. What
-was drafted before is verified as ever: the output does not depend on the switch.
+That mode's routes reach every method of a worker, and vLLM's --api-key does not guard them: keep them from the network.
+
+vLLM's workers take calls between steps, so a batch is drafted with one scale, and all workers change at the same step.
+What was drafted before is verified as ever: the output does not depend on the switch.
 """
 
 from __future__ import annotations

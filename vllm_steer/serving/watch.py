@@ -32,6 +32,7 @@ logger = logging.getLogger("vllm.steer")
 INTERVAL = 5.0  # seconds between two looks
 ENOUGH, MOST = 200, 5000  # blocks that a verdict needs, and after which it is put off
 SIGMAS = 4  # standard errors between what was measured and the limit
+KEYS = {"pid", "namespace", "ancestors", "engine", "recorded"}  # of what a worker writes
 LOW = 0.5  # of the recorded acceptance
 RECORDED = {"greedy": "greedy", "sampled": "overlap"}  # where training recorded the acceptance of each draft
 REMEDY = (
@@ -111,6 +112,11 @@ def directory() -> Path:
     return path
 
 
+def namespace() -> str:
+    """In which this process's ids are what they are."""
+    return os.readlink("/proc/self/ns/pid")
+
+
 def ancestors() -> list[int]:
     """Process ids: this process, its parent, and so on. Raises OSError where they may not be seen."""
     import psutil  # comes with vLLM
@@ -132,10 +138,9 @@ class Watch(threading.Thread):
         self._recorded = recorded(acceptance, injection.blocks.draft_length)
         self._watchdog = Watchdog(list(self._recorded.values()))
         self._guides = self._norms = self._norm = 0.0
-        self._written: dict[str, Any] = {}
         self._file: Path | None = None
         try:
-            self._who = {"pid": os.getpid(), "ancestors": ancestors(), "engine": engine}
+            self._who = {"pid": os.getpid(), "namespace": namespace(), "ancestors": ancestors(), "engine": engine}
             self._file = directory() / f"{os.getpid()}-{time.time_ns()}.json"
         except OSError as error:
             self._give_up(error)
@@ -161,14 +166,13 @@ class Watch(threading.Thread):
         if self._file is None:
             return
         report = self._who | self._report(counts, injection.scale)
-        if report != self._written:
-            try:
-                draft = self._file.with_suffix(".new")
-                draft.write_text(json.dumps(report), encoding="utf-8")
-                draft.replace(self._file)
-                self._written = report
-            except OSError as error:  # a full disk, a folder removed
-                self._give_up(error)
+        try:
+            directory()  # what cleans temporary files may have taken it
+            draft = self._file.with_suffix(".new")
+            draft.write_text(json.dumps(report), encoding="utf-8")
+            draft.replace(self._file)
+        except OSError as error:  # a full disk
+            self._give_up(error)
 
     def _report(self, counts: Counts, scale: float) -> dict[str, Any]:
         if counts.guides > self._guides:
@@ -214,6 +218,8 @@ def find(top: int, engine: int) -> Path | None:
     for path in directory().glob("*.json"):
         if (report := read(path)) is None:
             continue
+        if report["namespace"] != namespace():  # a container that shares the folder: its ids mean nothing here
+            continue
         if not psutil.pid_exists(report["pid"]):
             remove(path)
         elif top in report["ancestors"] and report["engine"] == engine:
@@ -227,4 +233,4 @@ def read(path: Path) -> dict[str, Any] | None:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if isinstance(report, dict) and report.keys() >= {"pid", "ancestors", "engine", "recorded"} else None
+    return report if isinstance(report, dict) and report.keys() >= KEYS else None
