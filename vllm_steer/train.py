@@ -54,7 +54,7 @@ class TrainConfig:
     )
     loss: str = option("jsd", "distance between target and drafter at each position", choices=list(LOSSES))
     offsets: str = option(
-        "sequence",
+        "batch",
         "how far back the state lies that steers a position: "
         + "; ".join(f"{k} = {v}" for k, v in OFFSET_RULES.items()),
         choices=list(OFFSET_RULES),

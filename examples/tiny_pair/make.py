@@ -183,7 +183,6 @@ def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args
             output=str(out / name),
             mode=mode,
             loss="kl",
-            offsets="batch",
             k=DRAFT,
             steps=steps,
             batch_size=8,
