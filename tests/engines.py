@@ -255,7 +255,8 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
         if "kill" in call and step == call["kill"]["after"]:
             import ray
 
-            ray.kill(engine.engine_core.engine_core.model_executor.workers[call["kill"]["rank"]])
+            executor = engine.engine_core.engine_core.model_executor
+            ray.kill(executor.ray_worker_handles[call["kill"]["rank"]].actor)
         last |= {out.request_id: out for out in engine.step()}
         step += 1
     return [last[str(i)] for i in range(n)]

@@ -160,8 +160,9 @@ def test_a_killed_ray_actor(pair: Pair, on_ray: Runner) -> None:
     keys = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     spec = {"model": str(steered), "num_speculative_tokens": K}
     call = {"prompts": PROMPTS, "sampling": {"max_tokens": 12}}
-    out = on_ray.run(target, spec, [call | {"kill": {"after": 3, "rank": 1}}], **FEW, **keys)
-    assert out["error"] and re.search("(?i)died|dead|killed", out["error"]), out["error"]
+    env = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "20"}  # vLLM waits so long for a worker, by default 300
+    out = on_ray.run(target, spec, [call | {"kill": {"after": 3, "rank": 1}}], env=env, **FEW, **keys)
+    assert out["error"] and re.search("(?i)died|dead|killed|timed out", out["error"]), out["error"]
     assert run(on_ray, target, steered, **keys)["tokens"] == run(on_ray, target, None)["tokens"]
 
 
