@@ -213,7 +213,10 @@ REMEDY = f"install .*, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
 UNKNOWN = {
     "newer": ({"STEER_TEST_VERSION": "0.33.0"}, "this is vLLM 0.33.0, vllm-steer works with 0.32: "),
     "runner_changed": ({"STEER_TEST_BROKEN": RUNNER}, r"\(0.32.*\) has no place for steering: .*DraftModelProposer"),
-    "front_end_changed": ({"STEER_TEST_BROKEN": FRONT_END}, "steered.* has no place in its front end where vllm-steer"),
+    "front_end_changed": (
+        {"STEER_TEST_BROKEN": FRONT_END},
+        "steered.* was not called to check it in the front end: this",
+    ),
     "both_changed": ({"STEER_TEST_BROKEN": f"{RUNNER},{FRONT_END}", "STEER_TEST_VERSION": "0.99"}, None),
 }
 

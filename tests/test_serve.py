@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,18 @@ def test_damaged_checkpoint_starts_no_server(tmp_path: Path) -> None:
             pass
     assert f"{weights} is truncated or not a safetensors file" in str(refusal.value)
     assert "EngineCore" not in log.read_text(), "the front end refuses: no engine process was started"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["steered", "drafter"])
+def test_a_plugin_that_cannot_start(drafter: str, tmp_path: Path) -> None:
+    """Nothing of ours is called in the engine then; what vLLM asks of its stat loggers is left, and refuses."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\n\nsys.modules['wrapt'] = None  # importing it fails\n")
+    spec, log = {"model": str(PAIR / drafter), "num_speculative_tokens": K}, tmp_path / "log"
+    env = ENV | {"PYTHONPATH": str(tmp_path)}
+    refused = pytest.raises(ServerError, match=r"ended with exit code [1-9]") if drafter == "steered" else nullcontext()
+    with refused as refusal, serve(PAIR / "target", log, *OPTIONS, speculative=spec, env=env, timeout=240):
+        pass
+    assert "vllm-steer is installed but could not start" in log.read_text()
+    if refusal is not None:
+        assert f"{PAIR / drafter} is a steered drafter, and vllm-steer was not called to check it" in str(refusal.value)

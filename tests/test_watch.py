@@ -19,6 +19,7 @@ import torch
 from test_blocks import round_of
 
 from vllm_steer import checkpoint
+from vllm_steer.config import SteeringError
 from vllm_steer.serving import watch
 from vllm_steer.serving.blocks import Blocks, Counts
 
@@ -232,6 +233,26 @@ def test_a_later_vllm_may_ask_more_of_a_stat_logger(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(loggers, "StatLoggerBase", Later)
     found = runpy.run_path(module.__file__)["Gauges"]
     assert issubclass(found, Later) and found(None) is not None
+
+
+def test_a_steered_drafter_that_nobody_looked_at_ends_the_server() -> None:
+    """This vLLM calls none of our seams, or the plugin could not start: without this it would be served unsteered."""
+    from vllm_steer.serving.gauges import Gauges
+
+    config = types.SimpleNamespace(
+        speculative_config=types.SimpleNamespace(
+            draft_model_config=types.SimpleNamespace(
+                hf_config=types.SimpleNamespace(), model=str(PAIR / "steered"), revision=None
+            ),
+            method="draft_model",
+        ),
+        parallel_config=types.SimpleNamespace(),
+        additional_config={},
+    )
+    with pytest.raises(SteeringError, match="is a steered drafter, and vllm-steer was not called to check it"):
+        Gauges(config)
+    config.speculative_config.draft_model_config.model = str(PAIR / "drafter")
+    assert not Gauges(config)._on
 
 
 def test_of_several_api_servers_the_first_reports(engine: Any) -> None:

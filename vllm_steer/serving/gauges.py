@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from vllm_steer.config import SteeringError
 from vllm_steer.serving import watch
 from vllm_steer.serving.plan import Plan
 
@@ -52,7 +53,9 @@ def metrics() -> dict[str, Any]:
 class Gauges(StatLoggerBase):
     """Entry point of group `vllm.stat_logger_plugins`; does nothing for an engine that is not steered.
 
-    An exception here would end the server: whatever goes wrong is logged once, and the metrics stay as they are.
+    An exception here ends the server. That is right for a steered drafter which nobody has looked at, because this vLLM
+    calls none of our seams or the plugin could not start: SteeringError. Anything else that goes wrong is logged once,
+    and the metrics stay as they are.
     """
 
     def __init__(self, vllm_config: Any, engine_index: int = 0):
@@ -71,6 +74,8 @@ class Gauges(StatLoggerBase):
             self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
             metrics()
             self._on = True
+        except SteeringError:
+            raise
         except Exception:
             logger.exception("there will be no vllm_steer metrics at /metrics")
 

@@ -118,9 +118,9 @@ def _refuse_overlooked(vllm_config: VllmConfig) -> None:
     source, _ = _source(draft, Options.read(vllm_config.additional_config))
     if source is not None:
         raise SteeringError(
-            f"{source} is a steered drafter, and this vLLM ({vllm.__version__}) has no place in its front end where "
-            f"vllm-steer could check it: install a vLLM that the README names, or set {KILL_SWITCH}=1 to serve the "
-            "drafter unsteered"
+            f"{source} is a steered drafter, and vllm-steer was not called to check it in the front end: this vLLM "
+            f"({vllm.__version__}) has no place for that, or the plugin could not start (then the log says why): "
+            f"install a vLLM that the README names, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
         )
 
 
