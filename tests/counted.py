@@ -36,15 +36,9 @@ def watch_scheduler(scheduler: Any, verified: list[dict[str, Any]]) -> None:
 
 def serve_job(job: dict[str, Any]) -> dict[str, Any]:
     """Calls are {"prompts": [[ids]], "max_tokens": n, "batch": requests at a time, "scale": number}."""
-    import gc
-
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     from vllm_steer.serving import probe
 
-    llm = LLM(job["target"], speculative_config=job["spec"], per_request_spec_decode_metrics="detailed", **job["llm"])
-    try:
+    with engines.opened(job, per_request_spec_decode_metrics="detailed") as llm:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
         injection = (getattr(runner, "drafter", None) or runner.speculator).injection
@@ -73,11 +67,6 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
                 }
             )
         return {"calls": results, "error": None, "metrics": {}}
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ its own, started once per test session and fed one JSON job per line. V2 runs wi
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -276,16 +277,25 @@ def describe(outs: list[Any]) -> dict[str, Any]:
     }
 
 
-def serve_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job of `Runner.run` in this process."""
-    import gc
-
+@contextmanager
+def opened(job: dict[str, Any], **more: Any) -> Iterator[Any]:
+    """The vLLM engine of a job, shut down at the end; `more` are further options of it."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(job["target"], speculative_config=job["spec"], **job["llm"], **more)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def serve_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job of `Runner.run` in this process."""
     from vllm.exceptions import VLLMValidationError
 
-    llm = LLM(job["target"], speculative_config=job["spec"], **job["llm"])
-    try:
+    with opened(job) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         blocks: list[tuple[str, int, list[int]]] = []
         rounds: list[dict[str, Any]] = []
@@ -323,11 +333,6 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
             "linear": linear_methods(worker.model_runner),
         }
         return {"calls": results, "error": None, "metrics": counters} | found
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def pretend_triton_has_a_cpu_backend(path: str) -> None:
@@ -395,6 +400,7 @@ def main(serve: Callable[[dict[str, Any]], dict[str, Any]] = serve_job) -> None:
             except BaseException as error:
                 traceback.print_exc()
                 answer = {"calls": [], "error": f"{type(error).__name__}: {error}"}
+        gc.collect()  # the engine and its KV cache, before the next job makes its own
         sys.stderr.flush()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -25,6 +25,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from engines import ENV, runner_env
+
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "examples" / "tiny_pair"
 CASES = {
@@ -33,13 +35,6 @@ CASES = {
     "steered": ("steered", {}),
     "disabled": ("steered", {"STEER_DISABLE": "1"}),
     "broken": ("drafter", {"STEER_TEST_NO_WRAPT": "1"}),
-}
-ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "HF_HUB_OFFLINE": "1",
 }
 REFUSALS = ("vllm-steer works with", "has no place for steering")
 
@@ -80,7 +75,7 @@ def run_case(python: Path, case: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile() as result:
         done = subprocess.run(
             [python, __file__, "--answer", drafter or "", "--to", result.name],
-            env=os.environ | ENV | env, capture_output=True, text=True, timeout=900, check=False,
+            env=os.environ | ENV | runner_env("v1") | env, capture_output=True, text=True, timeout=900, check=False,
         )  # fmt: skip
         text = done.stdout + done.stderr
         found = json.loads(Path(result.name).read_text() or "{}") if done.returncode == 0 else {}

@@ -121,13 +121,8 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_calls(job: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of a job's calls, from one engine."""
-    import gc
-
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm, results = LLM(job["target"], speculative_config=job["spec"], **job["llm"]), []
-    try:
+    with engines.opened(job) as llm:
+        results = []
         if job["spec"]:
             llm.collective_rpc(start_recording)
         for call in job["calls"]:
@@ -140,11 +135,6 @@ def run_calls(job: dict[str, Any]) -> list[dict[str, Any]]:
                 worker["blocks"] = list(by_prompt.values())
             results.append(engines.describe(outs) | {"workers": sorted(workers, key=lambda worker: worker["rank"])})
         return results
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

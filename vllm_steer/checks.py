@@ -36,7 +36,7 @@ def vllm_version(case: Case) -> Iterable[Finding]:
     except ImportError as error:
         yield Finding("vllm", FAIL, f"cannot be imported ({error})", INSTALL)
         return
-    known = f"{case.vllm}.".startswith(f"{seams.WORKS_WITH}.")
+    known = seams.known(case.vllm)
     yield Finding("vllm", OK if known else FAIL, case.vllm, "" if known else INSTALL)
 
 

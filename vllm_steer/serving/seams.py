@@ -234,22 +234,32 @@ def ways() -> dict[str, str]:
     }
 
 
-def require(v2: bool) -> None:
-    """Raise SteeringError unless vLLM is a known release and every seam the chosen model runner needs is in place."""
+def known(version: str) -> bool:
+    """Whether the seams were made for this release of vLLM."""
+    return f"{version}.".startswith(f"{WORKS_WITH}.")
+
+
+def reach(seam: Seam) -> None:
+    """Import the module of a seam, so that it applies; what is wrong with the module is kept for `ways`."""
     import importlib
 
+    try:
+        importlib.import_module(seam.module)
+    except ImportError as error:
+        _problems[seam] = f"{seam.module} cannot be imported ({error})"
+
+
+def require(v2: bool) -> None:
+    """Raise SteeringError unless vLLM is a known release and every seam the chosen model runner needs is in place."""
     import vllm
 
     remedy = f"install that, or set {plan.KILL_SWITCH}=1 to serve the drafter unsteered"
-    if not f"{vllm.__version__}.".startswith(f"{WORKS_WITH}."):  # names may stay while their meaning moves
+    if not known(vllm.__version__):  # names may stay while their meaning moves
         raise SteeringError(f"this is vLLM {vllm.__version__}, vllm-steer works with {WORKS_WITH}: {remedy}")
     for seam in SEAMS:
         if not seam.required or seam.runner not in ("both", "v2" if v2 else "v1"):
             continue
-        try:
-            importlib.import_module(seam.module)
-        except ImportError as error:
-            _problems[seam] = f"{seam.module} cannot be imported ({error})"
+        reach(seam)
         if seam not in _applied or seam in _problems:
             raise SteeringError(
                 f"this vLLM ({vllm.__version__}) has no place for steering: "

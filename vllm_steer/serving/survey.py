@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,14 +36,9 @@ def runners() -> set[str]:
 def seam_ways() -> list[tuple[seams.Seam, str]]:
     """Every seam, and how it is taken as `seams.ways` tells it, after importing the modules they are in."""
     seams.install()
-    unreadable = {}
     for seam in seams.SEAMS:
-        try:
-            importlib.import_module(seam.module)
-        except ImportError as error:
-            unreadable[seam] = f"{seam.module} cannot be imported ({error})"
-    ways = seams.ways()
-    return [(seam, unreadable.get(seam) or ways[f"{seam.module}:{seam.name}"]) for seam in seams.SEAMS]
+        seams.reach(seam)
+    return list(zip(seams.SEAMS, seams.ways().values(), strict=True))
 
 
 def device_memory() -> int | None:
