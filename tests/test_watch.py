@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import resource
 import runpy
 import shutil
 import time
@@ -295,6 +296,19 @@ def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.L
     worker.look()
     server.log()
     assert exposed("bad") == before | {"steering_on": 0}, "it goes on when the file is whole again"
+
+
+def test_a_full_disk_ends_the_metrics_only(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    worker, limits = watch.Watch(engine, {}, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING, "vllm.steer"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no file may grow: a write fails like on a full disk
+        try:
+            worker.look()
+            worker.look()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ["no vllm_steer metrics at /metrics from now on" in r.getMessage() for r in caplog.records] == [True]
+    assert not list(watch.directory().iterdir())
 
 
 def test_a_report_without_its_numbers_never_raises(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
