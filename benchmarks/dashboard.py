@@ -102,12 +102,6 @@ def traffic(server: Server, model: str, prompts: list[str], clients: int, stop: 
     return threads, errors
 
 
-def switch(server: Server, scale: float) -> None:
-    body = json.dumps({"method": "steer", "kwargs": {"scale": scale}}).encode()
-    with urllib.request.urlopen(server.url + "/collective_rpc", body, timeout=30) as answer:
-        assert json.loads(answer.read())["results"] == [{"rank": 0, "scale": scale}]
-
-
 def queries() -> list[dict[str, str]]:
     """{"panel", "legend", "expr"} of every query of the dashboard, and those that fill its variables."""
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
@@ -194,7 +188,7 @@ def main() -> int:
                 for seconds, scale in itertools.zip_longest(args.seconds, (0, 1)):
                     time.sleep(seconds)
                     if scale is not None:
-                        switch(server, scale)
+                        assert server.steer(scale) == [{"rank": 0, "scale": scale}]
                         marks.append(round(time.time() - start))
                 end = time.time()
                 answers = [answer(url, query, start, end) for query in queries()]

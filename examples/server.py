@@ -64,6 +64,15 @@ class Server:
                 per_position[position] = per_position.get(position, 0) + int(value)
         return found | {"per_position": [per_position[i] for i in sorted(per_position)]}
 
+    def steer(self, scale: Any = None) -> list[dict[str, Any]]:
+        """Each worker's answer to the run-time switch, {"rank", "scale"} or {"rank", "error"}; without a scale it asks.
+
+        The server must have the worker extension and run in vLLM's development mode, else urllib.error.HTTPError.
+        """
+        body = {"method": "steer", "kwargs": {} if scale is None else {"scale": scale}}
+        with urllib.request.urlopen(self.url + "/collective_rpc", json.dumps(body).encode(), timeout=30) as answer:
+            return json.loads(answer.read())["results"]
+
     def proof_of_life(self) -> str | None:
         """The line in which the plugin says that the drafter is steered, or None."""
         match = re.search(r"steering is on: .*", self.log.read_text(errors="replace"))

@@ -7,18 +7,22 @@ its own, started once per test session and fed one JSON job per line. V2 runs wi
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 900  # seconds for one job, far beyond the longest: a test that hangs must end
+DELTAS = 8  # numbers of a delta that tests look at
 TRITON = Path(sys.prefix) / "share" / "triton-interpreter"
 ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -100,7 +104,8 @@ class Runner:
 
         Returns {"calls": [{"tokens": [[ids]], "blocks": [[[position, [drafts]], ...] per prompt]}], "log": text,
         "error": None or the exception's text, "metrics": vLLM's counters}. A block's position is that of the newest
-        token it continues. See `describe` and `watch_steering` for the rest of a call's result.
+        token it continues; "deltas" [[position, the first DELTAS numbers of the delta it was drafted under], ...] go
+        with the blocks. See `describe` and `watch_steering` for the rest of a call's result.
         """
         job = {"target": str(target), "spec": spec, "calls": calls, "env": env or {}, "llm": LLM_KEYS | llm}
         if (key := json.dumps(job, sort_keys=True)) in self._done:
@@ -108,7 +113,10 @@ class Runner:
         mark = os.fstat(self._log.fileno()).st_size
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
+        hung = threading.Timer(PATIENCE, self._process.kill)  # its end is an empty line
+        hung.start()
         line = self._process.stdout.readline()
+        hung.cancel()
         self._log.seek(mark)
         log = self._log.read().decode(errors="replace")
         assert line, f"the {self.name} engine process died:\n{log[-4000:]}"
@@ -140,14 +148,49 @@ def assert_steered(call: dict[str, Any], lengths: set[int]) -> None:
         assert r["rows"][1:] == [r["requests"]] * (len(r["rows"]) - 1), r
 
 
+@functools.cache
+def _in_hugging_face(target: Path, steered: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vllm_steer import checkpoint
+
+    return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), checkpoint.load(steered)
+
+
+def assert_own_guides(call: dict[str, Any], target: Path, steered: Path, prompts: list[list[int]]) -> None:
+    """Assert of one call's result that every proposal for every prompt was made under that prompt's own guide: the
+    target's states, by Hugging Face, at the last position before the newest token of what this request really said."""
+    import torch
+
+    model, steering = _in_hugging_face(target, steered)
+    compared = 0
+    for prompt, answer, found in zip(prompts, call["tokens"], call["deltas"], strict=True):
+        with torch.inference_mode():
+            states = model(torch.tensor([prompt + answer]), output_hidden_states=True).hidden_states
+            want = steering(torch.cat([states[i][0] for i in steering.config.target_layer_ids], -1))[:, 0, :DELTAS]
+        known = [(position - 1, delta) for position, delta in found if position <= len(want)]  # or a stop cut it off
+        assert known, f"nothing was drafted for the prompt of {len(prompt)} tokens"
+        got, want = torch.tensor([delta for _, delta in known]), want[[position for position, _ in known]]
+        assert want.std(0).max() > 0.1 or len(known) == 1, "deltas alike would not tell one guide from another"
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+        compared += len(known)
+    assert compared > len(prompts)
+
+
 # --- the engine process ---------------------------------------------------------------------------------------------
 
 
-def record_blocks(model_runner: Any, blocks: list[tuple[str, int, list[int]]]) -> None:
-    """Append (request id, position of the newest token, drafts) for every proposal of a live engine."""
+def record_blocks(model_runner: Any, blocks: list[tuple[str, int, list[int], list[float]]]) -> None:
+    """Append (request id, position of the newest token, drafts, DELTAS numbers of its delta in the first steered layer;
+    none of a plain drafter) for every proposal of a live engine."""
     v1 = hasattr(model_runner, "drafter")
     proposer = model_runner.drafter if v1 else model_runner.speculator
-    original = proposer.propose
+    original, injection = proposer.propose, getattr(proposer, "injection", None)
+
+    def append(requests: list[str], newest: list[int], drafts: list[list[int]]) -> None:
+        used = injection.deltas[1:, 0, :DELTAS].tolist() if injection else [[]] * len(newest)
+        blocks.extend(zip(requests, newest, drafts, used, strict=False))
 
     def of_v1(**keys: Any) -> Any:
         last = keys["common_attn_metadata"].query_start_loc[1:] - 1
@@ -155,14 +198,14 @@ def record_blocks(model_runner: Any, blocks: list[tuple[str, int, list[int]]]) -
             last = last - keys["num_rejected_tokens_gpu"]
         newest = (keys["target_positions"][last] + 1).tolist()
         drafts = original(**keys)
-        blocks.extend(zip(model_runner.input_batch.req_ids, newest, drafts.tolist(), strict=False))
+        append(model_runner.input_batch.req_ids, newest, drafts.tolist())
         return drafts
 
     def of_v2(batch: Any, *args: Any, **keys: Any) -> Any:
         last = batch.query_start_loc[1 : batch.num_reqs + 1] - 1 - args[5][: batch.num_reqs]
         newest = (batch.positions[last] + 1).tolist()
         drafts = original(batch, *args, **keys)
-        blocks.extend(zip(batch.req_ids, newest, drafts.tolist(), strict=True))
+        append(batch.req_ids, newest, drafts.tolist())
         return drafts
 
     proposer.propose = of_v1 if v1 else of_v2
@@ -264,7 +307,8 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
 
 
 def describe(outs: list[Any]) -> dict[str, Any]:
-    """What a call produced, one entry for each prompt: tokens, the tokens of all its samples, text, why it ended."""
+    """What a call produced, one entry for each prompt: tokens, the tokens of all its samples, text, why it ended, how
+    many tokens of the prompt came from the prefix cache."""
     number = lambda rows: [row and {str(t): p.logprob for t, p in row.items()} for row in rows or []]  # noqa: E731
     firsts = [o.outputs[0] for o in outs]
     return {
@@ -274,6 +318,7 @@ def describe(outs: list[Any]) -> dict[str, Any]:
         "ends": [[c.finish_reason, c.stop_reason] for c in firsts],
         "logprobs": [number(c.logprobs) for c in firsts],
         "prompt_logprobs": [number(o.prompt_logprobs) for o in outs],
+        "cached": [o.num_cached_tokens for o in outs],
     }
 
 
@@ -297,7 +342,7 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
 
     with opened(job) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        blocks: list[tuple[str, int, list[int]]] = []
+        blocks: list[tuple[str, int, list[int], list[float]]] = []
         rounds: list[dict[str, Any]] = []
         if job["spec"]:
             record_blocks(worker.model_runner, blocks)
@@ -317,12 +362,14 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
                 results.append({"refused": str(error)})
                 continue
             by_request: dict[int, list[Any]] = {}
-            for request, position, drafts in blocks:  # vLLM's id is "<index>-<random>"
-                by_request.setdefault(int(request.split("-")[0].split("_")[-1]), []).append([position, drafts])
+            for request, *block in blocks:  # vLLM's id is "<index>-<random>"
+                by_request.setdefault(int(request.split("-")[0].split("_")[-1]), []).append(block)
+            made = [by_request.get(int(o.request_id.split("-")[0]), []) for o in outs]
             results.append(
                 describe(outs)
                 | {
-                    "blocks": [by_request.get(int(o.request_id.split("-")[0]), []) for o in outs],
+                    "blocks": [[[position, drafts] for position, drafts, _ in each] for each in made],
+                    "deltas": [[[position, delta] for position, _, delta in each] for each in made],
                     "rounds": list(rounds),
                     "switched": call.get("switched"),
                 }

@@ -44,23 +44,33 @@ def adapted(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair,
 
 
 @pytest.fixture(scope="module")
-def tensor() -> Iterator[Runner]:
-    runner = several("tensor")
+def tensor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    runner = several("tensor", tmp_path_factory.mktemp("tensor"))
     yield runner
     runner.close()
 
 
 @pytest.fixture(scope="module")
-def on_ray() -> Iterator[Runner]:
-    runner = several("ray")
+def tensor_v2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    runner = several("tensor", tmp_path_factory.mktemp("tensor_v2"), "v2")
     yield runner
     runner.close()
 
 
-def run(runner: Runner, target: Path, drafter: Path | None, **keys: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    runner = several("ray", tmp_path_factory.mktemp("ray"))
+    yield runner
+    runner.close()
+
+
+CALL = {"prompts": PROMPTS, "sampling": {"max_tokens": 12}}
+
+
+def run(runner: Runner, target: Path, drafter: Path | None, call: dict[str, Any] = CALL, **keys: Any) -> dict[str, Any]:
     """One engine that answers PROMPTS; its call's result, and "log"."""
     spec = drafter and {"model": str(drafter), "num_speculative_tokens": K}
-    out = runner.run(target, spec, [{"prompts": PROMPTS, "sampling": {"max_tokens": 12}}], **FEW, **keys)
+    out = runner.run(target, spec, [call], **FEW, **keys)
     assert out["error"] is None, f"{out['error']}\n{out['log'][-6000:]}"
     return out["calls"][0] | {"log": out["log"]}
 
@@ -95,10 +105,26 @@ def assert_workers_agree(
     assert result["tokens"] == single["tokens"] == plain["tokens"]
 
 
-def test_tensor_parallel(pair: Pair, tensor: Runner) -> None:
+@pytest.mark.parametrize("on", ["tensor", pytest.param("tensor_v2", marks=pytest.mark.slow)], ids=["v1", "v2"])
+def test_tensor_parallel(pair: Pair, on: str, request: pytest.FixtureRequest) -> None:
     target, plain, steered = pair
-    result = run(tensor, target, steered, tensor_parallel_size=2)
-    assert_workers_agree(result, run(tensor, target, steered), run(tensor, target, plain))
+    runner = request.getfixturevalue(on)
+    result = run(runner, target, steered, tensor_parallel_size=2)
+    assert_workers_agree(result, run(runner, target, steered), run(runner, target, plain))
+    assert result["tokens"] == run(runner, target, None)["tokens"]
+
+
+@pytest.mark.slow
+def test_the_switch_reaches_every_worker(pair: Pair, tensor: Runner) -> None:
+    target, _, steered = pair
+    keys = {"tensor_parallel_size": 2, "worker_extension_cls": "vllm_steer.serving.switch.Switch"}
+    result = run(tensor, target, steered, CALL | {"steer": {"after": 4, "scale": 0}}, **keys)
+    assert sorted(result["switched"], key=lambda answer: answer["rank"]) == [{"rank": r, "scale": 0.0} for r in (0, 1)]
+    one, other = result["workers"]
+    assert one["blocks"] == other["blocks"]
+    for worker in (one, other):
+        steered_rounds = [sum(r["rows"]) > 0 for r in worker["rounds"]]
+        assert steered_rounds == sorted(steered_rounds, reverse=True) and set(steered_rounds) == {True, False}
     assert result["tokens"] == run(tensor, target, None)["tokens"]
 
 
@@ -137,8 +163,9 @@ def test_ray_executors_refuse_a_cpu_without_our_help() -> None:
     assert CpuPlatform.ray_device_key == ""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", ["1", "0"], ids=["v2", "compiled_graph"])
+@pytest.mark.parametrize(
+    "executor", [pytest.param("1", id="v2"), pytest.param("0", id="compiled_graph", marks=pytest.mark.slow)]
+)
 def test_ray(pair: Pair, tensor: Runner, on_ray: Runner, executor: str) -> None:
     """Both of vLLM's executors on Ray: every actor steers, and obeys a kill switch set for the front end alone."""
     target, plain, steered = pair
@@ -159,9 +186,8 @@ def test_a_killed_ray_actor(pair: Pair, on_ray: Runner) -> None:
     target, _, steered = pair
     keys = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     spec = {"model": str(steered), "num_speculative_tokens": K}
-    call = {"prompts": PROMPTS, "sampling": {"max_tokens": 12}}
     env = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "20"}  # vLLM waits so long for a worker, by default 300
-    out = on_ray.run(target, spec, [call | {"kill": {"after": 3, "rank": 1}}], env=env, **FEW, **keys)
+    out = on_ray.run(target, spec, [CALL | {"kill": {"after": 3, "rank": 1}}], env=env, **FEW, **keys)
     assert out["error"], "it answered without a worker"  # in words that depend on where vLLM was when it noticed
     assert run(on_ray, target, steered, **keys)["tokens"] == run(on_ray, target, None)["tokens"]
 

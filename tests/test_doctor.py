@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -448,9 +447,7 @@ def test_a_real_server(tmp_path: Path) -> None:
         for prompt in prompts:
             client.completions.create(model=TARGET, prompt=prompt, max_tokens=96, temperature=0)
         found, counted = until("acceptance", OK), running.counters()
-        body = json.dumps({"method": "steer", "kwargs": {"scale": 0}}).encode()
-        request = urllib.request.Request(f"{running.url}/collective_rpc", body, {"Content-Type": "application/json"})
-        urllib.request.urlopen(request, timeout=30).close()
+        running.steer(0)
         off = until("steering", FAIL)
     assert {f.status for f in found.values()} == {OK}, found
     measured = float(found["acceptance"].seen.split()[0])

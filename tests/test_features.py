@@ -1,8 +1,9 @@
 """The features of a request, all in one batch of one steered engine, and prefix caching and aborts on the same engine.
 
 Each must come out as from the target alone: an engine without speculation, asked the same. Steering is proven on at
-every proposal, row by row (`assert_steered`). One steered engine and one plain engine per runner serve this file;
-features of a whole engine are in test_features_engines.py, those of a server in test_features_serve.py.
+every proposal, row by row (`assert_steered`), under the guide of the request itself (`assert_own_guides`). One steered
+engine and one plain engine per runner serve this file; features of a whole engine are in test_features_engines.py,
+those of a server in test_features_serve.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import assert_steered
+from engines import assert_own_guides, assert_steered
 from transformers import AutoTokenizer
 
 TRAINED = Path(__file__).parents[1] / "examples" / "tiny_pair"
@@ -70,7 +71,7 @@ def calls() -> list[dict[str, Any]]:
     rows = heldout()
     prompts = [rows[NAMES.index(name.removeprefix("no "))][: REQUESTS[name][0]] for name in NAMES]
     features = [{"max_tokens": 12} | REQUESTS[name][1] for name in NAMES]
-    prefix = [rows[20][: 2 * BLOCK + 1], rows[21][: 2 * BLOCK], rows[22][: 2 * BLOCK + 20]]
+    prefix = [rows[20][: 2 * BLOCK + 1], rows[21][: 2 * BLOCK], rows[22][: 3 * BLOCK - 6]]
     seeds = [SAMPLED | {"seed": 1}, SAMPLED | {"seed": 1}, SAMPLED | {"seed": 2}, SAMPLED | {"seed": 3, "n": 3}]
     made = {
         "features": {"prompts": prompts, "sampling": features},
@@ -124,13 +125,21 @@ def feature(runners: Any, runner: str, name: str) -> tuple[dict[str, Any], dict[
 def test_a_batch_of_all_features_accepts_drafts(runner: str, runners: Any) -> None:
     on, _ = feature(runners, runner, "plain")
     assert len(on["blocks"]) < len(on["tokens"]) - 1, "no draft was accepted: the rest would prove little"
-    log = both(runners, runner, "features")[0]["whole"]["log"]
-    assert "steering is on" in log
+    call = both(runners, runner, "features")[0]
+    assert "steering is on" in call["whole"]["log"]
+    assert_own_guides(call, TRAINED / "target", TRAINED / "steered", calls()[0]["prompts"])
 
 
 def test_the_proof_of_steering_can_fail(runners: Any) -> None:
-    call = {"prompts": [heldout()[0][:10]], "sampling": {"max_tokens": 4}}
+    prompts = [heldout()[i][:10] for i in (0, 1)]
+    call, models = {"prompts": prompts, "sampling": {"max_tokens": 12}}, (TRAINED / "target", TRAINED / "steered")
     spec = {"model": str(TRAINED / "steered"), "num_speculative_tokens": K}
+    on = runners("v1").run(TRAINED / "target", spec, [call])["calls"][0]
+    assert_own_guides(on, *models, prompts)
+    mine, others = on["deltas"]
+    swapped = [[*mine[:1], [mine[1][0], others[1][1]], *mine[2:]], others]
+    with pytest.raises(AssertionError):
+        assert_own_guides(on | {"deltas": swapped}, *models, prompts)
     off = {"vllm_steer": {"scale": 0}}
     out = runners("v1").run(TRAINED / "target", spec, [call], additional_config=off)
     assert out["calls"][0]["blocks"][0]
@@ -222,13 +231,15 @@ def test_seeds_and_n(runner: str, runners: Any) -> None:
 
 @RUNNERS
 def test_prefix_caching(runner: str, runners: Any) -> None:
-    """Prompts of two blocks and one token (a full hit), two blocks, and two and a part; cold, then warm."""
+    """Prompts of two blocks and one token (a full hit), two blocks, and nearly three; cold, then warm."""
     cold, alone = both(runners, runner, "cold")
     warm, _ = both(runners, runner, "warm")
     assert_steered(cold, {K})
     assert_steered(warm, {K})
     assert cold["tokens"] == warm["tokens"] == alone["tokens"]
-    assert warm["whole"]["metrics"]["vllm:prefix_cache_hits"] >= 5 * BLOCK
+    assert cold["cached"] == [0, 0, 0] and warm["cached"] == [2 * BLOCK, BLOCK, 2 * BLOCK]  # one token is always read
+    for call in (cold, warm):
+        assert_own_guides(call, TRAINED / "target", TRAINED / "steered", calls()[CALLS.index("cold")]["prompts"])
     for i, prompt in enumerate(calls()[CALLS.index("cold")]["prompts"]):
         first, second = ([b for b in call["blocks"][i] if b[0] >= len(prompt)] for call in (cold, warm))
         assert first == second, f"prompt of {len(prompt)} tokens: a hit in the prompt changed its drafts"
@@ -239,8 +250,13 @@ def test_prefix_caching(runner: str, runners: Any) -> None:
 def test_prefix_caching_of_answers(runner: str, runners: Any) -> None:
     """The next turn of a conversation finds the answer's own KV cache, drafted under older guides: same output."""
     on, alone = both(runners, runner, "continued")
+    cold, more = (calls()[CALLS.index(name)]["prompts"] for name in ("cold", "continued"))
+    answers = both(runners, runner, "cold")[0]["tokens"]
     assert_steered(on, {K})
+    assert on["cached"][2] == 3 * BLOCK > len(cold[2]), "the third answer's own tokens were not found"
     assert on["tokens"] == alone["tokens"]
+    turns = [prompt + answer + more[0] for prompt, answer in zip(cold, answers, strict=True)]
+    assert_own_guides(on, TRAINED / "target", TRAINED / "steered", turns)
 
 
 @RUNNERS
@@ -255,6 +271,8 @@ def test_abort_mid_block(runner: str, runners: Any) -> None:
             assert mine == theirs
     after, expected = both(runners, runner, "after")
     assert_steered(after, {K})
+    for name, call in (("aborted", on), ("after", after)):
+        assert_own_guides(call, TRAINED / "target", TRAINED / "steered", calls()[CALLS.index(name)]["prompts"])
     assert after["tokens"] == expected["tokens"]
     for i, prompt in zip(ABORTED, after["tokens"], strict=True):
         assert on["tokens"][i] == prompt[: len(on["tokens"][i])]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import assert_own_guides, assert_steered
 from pairs import make_pair, random_prompt
 from scipy.stats import chisquare
 from torch import Tensor
@@ -78,6 +79,8 @@ def test_sampled_output_is_the_targets(pair: tuple[Path, Path, Path], runner: st
     assert out["error"] is None, out["log"][-4000:]
     for temperature, call in zip(TEMPERATURES, out["calls"], strict=True):
         blocks = sum(len(b) for b in call["blocks"])
+        assert_steered(call, {3})
+        assert_own_guides(call, target, steered, prompts)
         assert blocks < 0.9 * len(prompts) * NEW, "hardly a draft was accepted: this would prove nothing"
         p = p_value(uniforms(target, prompts, call["tokens"], temperature))
         assert p > P_VALUE, f"T={temperature}: p={p:.2g}"

@@ -165,10 +165,21 @@ def test_refused_by_name(pair: tuple[Path, Path, Path], keys: dict[str, Any], na
         engine_config(pair[0], pair[2], **keys)
 
 
-def test_sleep_mode_is_refused(pair: tuple[Path, Path, Path]) -> None:
+@pytest.mark.parametrize(
+    ("part", "key", "name"),
+    [  # a CPU, or these models, would be refused by vLLM first
+        ("model_config", "enable_sleep_mode", "sleep mode, which loses the steering's weights,"),
+        ("parallel_config", "decode_context_parallel_size", "decode context parallelism"),
+        ("parallel_config", "prefill_context_parallel_size", "prefill context parallelism"),
+        ("speculative_config", "use_heterogeneous_vocab", "heterogeneous vocabularies"),
+    ],
+)
+def test_refused_by_name_where_vllm_goes_on(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, part: str, key: str, name: str
+) -> None:
     config = engine_config(pair[0], pair[2])
-    config.model_config.enable_sleep_mode = True  # a CPU has none
-    with pytest.raises(SteeringError, match="does not work with sleep mode, which loses the steering's weights, yet"):
+    monkeypatch.setattr(getattr(config, part), key, type(getattr(getattr(config, part), key))(2))
+    with pytest.raises(SteeringError, match=f"does not work with {name} yet"):
         plan._refuse_unsupported(config)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import types
 import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +68,6 @@ def test_what_it_answers() -> None:
     assert worker.steer() == {"rank": 1, "scale": -2.0}
 
 
-def rpc(url: str, **body: Any) -> Any:
-    request = urllib.request.Request(url + "/collective_rpc", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("development", [True, False])
 def test_over_http(development: bool, tmp_path: Path) -> None:
@@ -84,9 +76,9 @@ def test_over_http(development: bool, tmp_path: Path) -> None:
     options = (*OPTIONS, "--enforce-eager", "--worker-extension-cls", EXTENSION)
     with serve(PAIR / "target", tmp_path / "log", *options, speculative=spec, env=env, timeout=240) as server:
         if development:
-            assert rpc(server.url, method="steer", kwargs={"scale": 0})["results"] == [{"rank": 0, "scale": 0.0}]
-            assert rpc(server.url, method="steer")["results"] == [{"rank": 0, "scale": 0.0}]
-            assert "allowed is a number" in rpc(server.url, method="steer", args=["off"])["results"][0]["error"]
+            assert server.steer(0) == [{"rank": 0, "scale": 0.0}]
+            assert server.steer() == [{"rank": 0, "scale": 0.0}]
+            assert "allowed is a number" in server.steer("off")[0]["error"]
         else:
             with pytest.raises(urllib.error.HTTPError, match="404"):
-                rpc(server.url, method="steer", kwargs={"scale": 0})
+                server.steer(0)

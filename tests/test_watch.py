@@ -298,8 +298,10 @@ def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.L
     assert exposed("bad") == before | {"steering_on": 0}, "it goes on when the file is whole again"
 
 
-def test_a_full_disk_ends_the_metrics_only(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, limits = watch.Watch(engine, {}, 0), resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    worker, server = watch.Watch(engine, {}, 0), gauges("full")
+    server.log()
+    before, limits = exposed("full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no file may grow: a write fails like on a full disk
         try:
@@ -307,8 +309,13 @@ def test_a_full_disk_ends_the_metrics_only(engine: Any, caplog: pytest.LogCaptur
             worker.look()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert ["no vllm_steer metrics at /metrics from now on" in r.getMessage() for r in caplog.records] == [True]
-    assert not list(watch.directory().iterdir())
+    assert ["no vllm_steer metrics at /metrics for the time being" in r.getMessage() for r in caplog.records] == [True]
+    assert not list(watch.directory().iterdir()), "old counts were left"
+    server.log()
+    assert exposed("full") != before
+    worker.look()
+    server.log()
+    assert exposed("full") == before
 
 
 def test_a_report_without_its_numbers_never_raises(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -326,7 +333,7 @@ def test_no_worker_on_this_machine_is_said_once(engine: Any, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "vllm.steer"):
         for _ in range(3):
             server.log()
-    assert ["left no counts on this machine" in r.getMessage() for r in caplog.records] == [True]
+    assert ["leaves no counts on this machine" in r.getMessage() for r in caplog.records] == [True]
     assert not exposed("remote")
 
 

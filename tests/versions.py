@@ -8,7 +8,8 @@ real engines answer two prompts of the tiny pair, each in a process of its own: 
     plain      an unsteered drafter: must answer like the target, whatever the release
     steered    a steered drafter: must answer like the target and be steered, or be refused with our sentence
     disabled   the same with STEER_DISABLE=1: must answer like the target
-    broken     a plain drafter while the plugin cannot be imported: must answer like the target
+    broken     a plain drafter while the plugin cannot start: must answer like the target
+    served     a plain drafter behind `vllm serve`, which loads more groups of plugins: the same; then broken too
 
 The exit code is 1 if one of them does something else. An environment that is there already is used again.
 """
@@ -22,6 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +31,58 @@ from engines import ENV, runner_env
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = ROOT / "examples" / "tiny_pair"
+SERVED = {"STEER_TEST_SERVED": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+BROKEN = {"STEER_TEST_BROKEN": "1"}
 CASES = {
     "alone": (None, {}),
     "plain": ("drafter", {}),
     "steered": ("steered", {}),
     "disabled": ("steered", {"STEER_DISABLE": "1"}),
-    "broken": ("drafter", {"STEER_TEST_NO_WRAPT": "1"}),
+    "broken": ("drafter", BROKEN),
+    "served": ("drafter", SERVED),
+    "served, broken": ("drafter", SERVED | BROKEN),
 }
+ENGINE = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "gpu_memory_utilization": 0.3}
+NEW = 32
 REFUSALS = ("vllm-steer works with", "has no place for steering")
 
 
 def answer(drafter: str | None) -> dict[str, Any]:
-    """In the environment of a release: the tokens of one engine, every seam, and whether a proof of life was logged."""
-    if os.environ.get("STEER_TEST_NO_WRAPT"):
-        sys.modules["wrapt"] = None  # the plugin's import of it raises ImportError
+    """In the environment of a release: the tokens of one engine, and every seam."""
     import vllm
 
     spec = drafter and {"model": str(PAIR / drafter), "num_speculative_tokens": 5}
-    llm = vllm.LLM(
-        str(PAIR / "target"), speculative_config=spec, dtype="float32", enforce_eager=True, max_model_len=256,
-        max_num_seqs=4, gpu_memory_utilization=0.3,
-    )  # fmt: skip
     lines = (PAIR / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:2]
     prompts = [json.loads(line)["prompt"] for line in lines]
-    params = vllm.SamplingParams(temperature=0, max_tokens=32)
-    found = {"vllm": vllm.__version__, "tokens": [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]}
-    if not os.environ.get("STEER_TEST_NO_WRAPT"):
+    if os.environ.get("STEER_TEST_SERVED"):
+        return {"vllm": vllm.__version__, "tokens": answer_of_a_server(spec, prompts)}
+    llm = vllm.LLM(str(PAIR / "target"), speculative_config=spec, enforce_eager=True, **ENGINE)
+    outs = llm.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=NEW))
+    found = {"vllm": vllm.__version__, "tokens": [list(o.outputs[0].token_ids) for o in outs]}
+    if not os.environ.get("STEER_TEST_BROKEN"):
         from vllm_steer.serving import seams
 
         found["seams"] = seams.ways()
     return found
+
+
+def answer_of_a_server(spec: dict[str, Any] | None, prompts: list[str]) -> list[list[int]]:
+    sys.path.append(str(ROOT / "examples"))
+    from server import serve
+
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in ENGINE.items()]
+    tokens = []
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        with serve(PAIR / "target", log, "--enforce-eager", *options, speculative=spec) as server:
+            for prompt in prompts:
+                body = {"prompt": prompt, "max_tokens": NEW, "temperature": 0, "return_token_ids": True}
+                head = {"Content-Type": "application/json"}
+                request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(), head)
+                with urllib.request.urlopen(request, timeout=300) as reply:
+                    tokens.append(json.loads(reply.read())["choices"][0]["token_ids"])
+        print(log.read_text(errors="replace"))
+    return tokens
 
 
 def install(release: str, scratch: Path) -> Path:
@@ -70,19 +94,24 @@ def install(release: str, scratch: Path) -> Path:
 
 
 def run_case(python: Path, case: str) -> dict[str, Any]:
-    """`answer` in a process of `python`: its result, or {"error": the end of its output}; "log" has our lines."""
-    drafter, env = CASES[case]
-    with tempfile.NamedTemporaryFile() as result:
-        done = subprocess.run(
-            [python, __file__, "--answer", drafter or "", "--to", result.name],
-            env=os.environ | ENV | runner_env("v1") | env, capture_output=True, text=True, timeout=900, check=False,
-        )  # fmt: skip
+    """`answer` in a process of `python`, and whether it said that it steers; or {"error": the end of its output}."""
+    drafter, more = CASES[case]
+    env = os.environ | ENV | runner_env("v1") | more
+    with tempfile.TemporaryDirectory() as scratch:
+        if "STEER_TEST_BROKEN" in more:  # in every process, before vLLM asks for its plugins
+            (Path(scratch) / "sitecustomize.py").write_text("import sys\n\nsys.modules['wrapt'] = None\n")
+            env["PYTHONPATH"] = os.pathsep.join(p for p in (scratch, env.get("PYTHONPATH", "")) if p)
+        result = Path(scratch) / "result.json"
+        command = [python, __file__, "--answer", drafter or "", "--to", result]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
         text = done.stdout + done.stderr
-        found = json.loads(Path(result.name).read_text() or "{}") if done.returncode == 0 else {}
-    if done.returncode:
-        told = (line.strip() for line in text.splitlines() if any(r in line for r in REFUSALS))
-        refused = next(told, "").partition(" [type=")[0]
+        found = json.loads(result.read_text()) if done.returncode == 0 else {}
+    if not found:
+        refused = next((line.strip() for line in text.splitlines() if any(r in line for r in REFUSALS)), None)
         found = {"refused": refused} if refused else {"error": text[-1500:]}
+    broken = "could not start" in text
+    if broken != ("STEER_TEST_BROKEN" in more):
+        found = {"error": f"the plugin {'could not start' if broken else 'was not broken'}\n{text[-1500:]}"}
     return found | {"proof": "steering is on" in text}
 
 
@@ -107,6 +136,7 @@ def main() -> int:
     parser.add_argument("releases", nargs="*", metavar="VLLM[:TORCH]")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "vllm-steer-versions")
     parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--note", help="what a reader of it must know")
     parser.add_argument("--answer", help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -122,8 +152,9 @@ def main() -> int:
         print(json.dumps({version: report[version]}, indent=2), flush=True)
     if args.output:
         day = datetime.date.today().isoformat()
-        command = " ".join(["python tests/versions.py", *(Path(r).parts[-3] if "/" in r else r for r in args.releases)])
-        written = {"date": day, "command": command, "releases": report}
+        given = [os.path.join("ENV", *Path(r).parts[-2:]) if "/" in r else r for r in args.releases]
+        written = {"date": day, "command": " ".join(["python tests/versions.py", *given]), "releases": report}
+        written |= {"note": args.note} if args.note else {}
         args.output.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return int(any(o.startswith("WRONG") for found in report.values() for o in found["outcomes"].values()))
 

@@ -18,13 +18,15 @@ from typing import Any
 import engines
 
 
-def several(kind: str, **env: str) -> engines.Runner:
-    """A process for engines of several workers, on vLLM's V1 model runner; `kind` is "tensor" or "ray"."""
+def several(kind: str, directory: Path, runner: str = "v1") -> engines.Runner:
+    """A process for engines of several workers; `kind` is "tensor" or "ray". Its workers start in `directory`'s way."""
     path = os.pathsep.join(p for p in (str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")) if p)
-    more = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # each of the workers would take all cores
+    more = {"PYTHONPATH": path} | engines.server_env(runner, directory)
+    more |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}  # each worker would take all cores
     if kind == "ray":
-        more |= {"STEER_TEST_RAY": "1", "RAY_DEDUP_LOGS": "0"}
-    return engines.Runner("v1", __file__, **more, **env)
+        patient = {"RAY_CGRAPH_get_timeout": "120"}  # seconds for a step, of 10: this machine may be busy
+        more |= {"STEER_TEST_RAY": "1", "RAY_DEDUP_LOGS": "0"} | patient
+    return engines.Runner(runner, __file__, **more)
 
 
 # --- asked of the workers, by llm.collective_rpc --------------------------------------------------------------------
@@ -41,7 +43,7 @@ def start_recording(worker: Any) -> None:
 def take_records(worker: Any) -> dict[str, Any]:
     """What this worker did since it was last asked; "deltas" [L, F share] are those of the batch's first row."""
     runner = worker.model_runner
-    injection = getattr(runner.drafter, "injection", None)
+    injection = getattr(getattr(runner, "drafter", None) or runner.speculator, "injection", None)
     found = {
         "pid": os.getpid(),
         "rank": worker.rank,
@@ -130,10 +132,11 @@ def run_calls(job: dict[str, Any]) -> list[dict[str, Any]]:
             workers = llm.collective_rpc(take_records) if job["spec"] else []
             for worker in workers:
                 by_prompt: dict[str, list[Any]] = {out.request_id.partition("-")[0]: [] for out in outs}
-                for request, position, drafts in worker["blocks"]:
+                for request, position, drafts, _ in worker["blocks"]:
                     by_prompt[request.partition("-")[0]].append([position, drafts])
                 worker["blocks"] = list(by_prompt.values())
-            results.append(engines.describe(outs) | {"workers": sorted(workers, key=lambda worker: worker["rank"])})
+            workers.sort(key=lambda worker: worker["rank"])
+            results.append(engines.describe(outs) | {"workers": workers, "switched": call.get("switched")})
         return results
 
 

@@ -108,16 +108,16 @@ class Gauges(StatLoggerBase):
         if report is not None:
             self._lost = False
             self._publish(report)
-        elif self._file is None:
-            self._on = False
-            logger.warning(
-                "engine %d is steered, but its worker left no counts on this machine: there will be no vllm_steer "
-                "metrics for it at /metrics (a worker of Ray's or on another machine, or one that may not write to the "
-                "same directory for temporary files)",
-                self._engine,
-            )
         elif not self._lost:
             self._lost = True
+            if self._file is None:
+                logger.warning(
+                    "engine %d is steered, but its worker leaves no counts on this machine: there are no vllm_steer "
+                    "metrics for it at /metrics (a worker of Ray's or on another machine, or one that cannot write to "
+                    "the same directory for temporary files)",
+                    self._engine,
+                )
+                return
             for key in GAUGES:  # counters stay; these would tell what is no longer known
                 metrics()[key].labels(*self._labels).set(float("nan"))
             logger.warning("the worker of engine %d reports no counts any more: vllm_steer metrics stop", self._engine)

@@ -34,10 +34,6 @@ class SteeredDraftModelProposer(DraftModelProposer):
             self.injection = attach(self.vllm_config, self.plan, model, self.device, self.dtype)
         return model
 
-    def prepare_inputs(self, metadata: Any, sampled: Any, num_draft_tokens: list[int], *args: Any) -> Any:
-        self._verified = num_draft_tokens
-        return super().prepare_inputs(metadata, sampled, num_draft_tokens, *args)
-
     def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
         self._verified = spec_decode_metadata.num_draft_tokens
         return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)

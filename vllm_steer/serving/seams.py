@@ -168,7 +168,7 @@ SEAMS = (
         needs=tuple(
             f"vllm.v1.spec_decode.draft_model:DraftModelProposer.{name}"
             for name in (
-                *("_get_model", "propose", "prepare_inputs", "prepare_inputs_padded", "set_inputs_first_pass"),
+                *("_get_model", "propose", "prepare_inputs_padded", "set_inputs_first_pass"),
                 "_update_positions_dependent_metadata",
             )
         ),
@@ -181,6 +181,10 @@ SEAMS = (
         upstream=functools.partial(_join, "vllm.v1.worker.gpu.spec_decode:speculator_factories", _speculator),
         why="the V2 runner builds its speculator here",
         remove_when="vLLM asks plugins for the speculator of a configuration",
+        needs=tuple(
+            f"vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.{name}"
+            for name in ("load_draft_model", "propose", "_multi_step_decode")
+        ),
         runner="v2",
     ),
     Seam(

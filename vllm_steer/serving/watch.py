@@ -139,11 +139,12 @@ class Watch(threading.Thread):
         self._watchdog = Watchdog(list(self._recorded.values()))
         self._guides = self._norms = self._norm = 0.0
         self._file: Path | None = None
+        self._lost = False  # the file could not be written; it may be again
         try:
             self._who = {"pid": os.getpid(), "namespace": namespace(), "ancestors": ancestors(), "engine": engine}
             self._file = directory() / f"{os.getpid()}-{time.time_ns()}.json"
         except OSError as error:
-            self._give_up(error)
+            self._warn(error)
         self.look()
         Finalize(self, remove, (self._file,), exitpriority=0)  # not atexit: a forked worker ends without it
 
@@ -171,8 +172,12 @@ class Watch(threading.Thread):
             draft = self._file.with_suffix(".new")
             draft.write_text(json.dumps(report), encoding="utf-8")
             draft.replace(self._file)
-        except OSError as error:  # a full disk
-            self._give_up(error)
+            self._lost = False
+        except OSError as error:  # a full disk: what is there has become old
+            remove(self._file)
+            if not self._lost:
+                self._warn(error)
+            self._lost = True
 
     def _report(self, counts: Counts, scale: float) -> dict[str, Any]:
         if counts.guides > self._guides:
@@ -189,11 +194,9 @@ class Watch(threading.Thread):
             "recorded": {name: values[-1] for name, values in self._recorded.items()},
         }
 
-    def _give_up(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         """The watchdog goes on, without a file."""
-        logger.warning("no vllm_steer metrics at /metrics from now on: %s", error)
-        remove(self._file)
-        self._file = None
+        logger.warning("no vllm_steer metrics at /metrics for the time being: %s", error)
 
 
 def remove(path: Path | None) -> None:
