@@ -141,7 +141,9 @@ def interval(draws: np.ndarray) -> list[float] | None:
     return None if len(known) < 0.9 * len(draws) else [float(x) for x in np.quantile(known, INTERVAL)]
 
 
-def summarise(measured: dict[str, Sequence[Answer]], k: dict[str, int]) -> tuple[list[dict], list[dict]]:
+def summarise(
+    measured: dict[str, Sequence[Answer]], k: dict[str, int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows per configuration, and per pair of speculating configurations, over the same prompts.
 
     Args:
@@ -154,22 +156,25 @@ def summarise(measured: dict[str, Sequence[Answer]], k: dict[str, int]) -> tuple
     assert all([a.id for a in answers] == [a.id for a in first] for answers in measured.values()), "other prompts"
     weights = resample(len(first)) if len(first) > 1 else None
     draws: dict[str, np.ndarray | None] = {}
-    rows, pairs = [], []
+    values: dict[str, float | None] = {}
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
     for name, answers in measured.items():
-        draws[name] = _ratios(weights, answers)
+        draws[name] = ratios = _ratios(weights, answers)
+        values[name] = efficiency(answers)
         rows.append(
             {
                 "name": name,
                 "prompts": len(answers),
                 "blocks": sum(len(answer.blocks) for answer in answers),
-                "tokens_per_block": efficiency(answers),
-                "interval_95": None if draws[name] is None else interval(draws[name]),
+                "tokens_per_block": values[name],
+                "interval_95": None if ratios is None else interval(ratios),
                 "accepted_at": per_position(answers, k[name]),
             }
         )
-    values = {row["name"]: row["tokens_per_block"] for row in rows}
-    for base, name in combinations([name for name in measured if k[name] and values[name] is not None], 2):
-        pairs.append({"name": name, "minus": base} | _compare(values[name], values[base], draws[name], draws[base]))
+    known = {name: value for name, value in values.items() if k[name] and value is not None}
+    for base, name in combinations(known, 2):
+        pairs.append({"name": name, "minus": base} | _compare(known[name], known[base], draws[name], draws[base]))
     return rows, pairs
 
 
@@ -183,12 +188,11 @@ def _ratios(weights: np.ndarray | None, answers: Sequence[Answer]) -> np.ndarray
 
 
 def _compare(a: float, b: float, draws_a: np.ndarray | None, draws_b: np.ndarray | None) -> dict[str, Any]:
-    none = draws_a is None or draws_b is None
     return {
         "difference": a - b,
-        "difference_95": None if none else interval(draws_a - draws_b),
+        "difference_95": None if draws_a is None or draws_b is None else interval(draws_a - draws_b),
         "ratio": a / b,
-        "ratio_95": None if none else interval(draws_a / draws_b),
+        "ratio_95": None if draws_a is None or draws_b is None else interval(draws_a / draws_b),
     }
 
 

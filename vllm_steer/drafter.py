@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from vllm_steer.config import SteeringError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FAMILIES = "llama, qwen2, qwen3, mistral, gemma, gemma2, gemma3_text, granite, olmo2, smollm3, phi3, glm, glm4"
 
@@ -30,7 +34,7 @@ class SteeredProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.inner.weight
+        return cast(Tensor, self.inner.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
@@ -47,22 +51,23 @@ class SteeredProjection(nn.Module):
 class Injector:
     """The handle `attach` returns: holds the deltas in force and can take the wrappers off again."""
 
-    def __init__(self, model: nn.Module, steered_layers: tuple[int, ...]):
+    def __init__(self, model: PreTrainedModel, steered_layers: tuple[int, ...]):
         self.deltas: Tensor | Callable[[int], Tensor] | None = None  # [B or 1, T or 1, L, F], or slot -> [B, T, F]
         self.model = model
         self._parents: list[tuple[nn.Module, str]] = []
-        mlps = [_mlp(layer) for layer in decoder_layers(model)]
-        found = [_projection_name(mlp) for mlp in mlps]
+        found = [_projection(layer) for layer in decoder_layers(model)]
+        chosen = []
         for layer in steered_layers:
-            if not 0 <= layer < len(mlps) or found[layer] is None:
+            place = found[layer] if 0 <= layer < len(found) else None
+            if place is None:
                 raise SteeringError(
                     f"{type(model).__name__} (model_type {model.config.model_type!r}): decoder layer {layer} has no "
                     f"gated MLP with up_proj or gate_up_proj, so it cannot be steered; families that fit: {FAMILIES}"
                 )
-            if isinstance(getattr(mlps[layer], found[layer]), SteeredProjection):
+            if isinstance(getattr(*place), SteeredProjection):
                 raise SteeringError(f"decoder layer {layer} is steered already: detach the first injector")
-        for slot, layer in enumerate(steered_layers):  # only now: a refusal leaves the model as it was
-            mlp, name = mlps[layer], found[layer]
+            chosen.append(place)
+        for slot, (mlp, name) in enumerate(chosen):  # only now: a refusal leaves the model as it was
             inner = getattr(mlp, name)
             setattr(mlp, name, SteeredProjection(inner, self, slot, fused=name == "gate_up_proj"))
             self._parents.append((mlp, name))
@@ -94,7 +99,7 @@ class Injector:
         self._parents = []
 
 
-def attach(model: nn.Module, steered_layers: tuple[int, ...]) -> Injector:
+def attach(model: PreTrainedModel, steered_layers: tuple[int, ...]) -> Injector:
     """Wrap the MLPs of a Hugging Face causal LM so that deltas can be added inside them.
 
     Args:
@@ -106,7 +111,7 @@ def attach(model: nn.Module, steered_layers: tuple[int, ...]) -> Injector:
     return Injector(model, tuple(steered_layers))
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers of a Hugging Face causal LM."""
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is None:
@@ -114,14 +119,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def _mlp(layer: nn.Module) -> nn.Module | None:
-    return getattr(layer, "mlp", None)
-
-
-def _projection_name(mlp: nn.Module | None) -> str | None:
-    has = lambda name: isinstance(getattr(mlp, name, None), nn.Module)  # noqa: E731
-    if has("up_proj") and has("gate_proj") and has("down_proj"):
-        return "up_proj"
-    if has("gate_up_proj") and has("down_proj"):
-        return "gate_up_proj"
-    return None
+def _projection(layer: nn.Module) -> tuple[nn.Module, str] | None:
+    """A layer's MLP and the name of its up-projection in it; None if the MLP is not gated."""
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None:
+        return None
+    parts = {name for name, _ in mlp.named_children()}
+    if {"up_proj", "gate_proj", "down_proj"} <= parts:
+        return mlp, "up_proj"
+    return (mlp, "gate_up_proj") if {"gate_up_proj", "down_proj"} <= parts else None

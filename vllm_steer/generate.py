@@ -17,8 +17,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from vllm_steer.config import SteeringError
 from vllm_steer.drafter import Injector, attach
@@ -64,7 +64,7 @@ def block_efficiency(blocks: Sequence[Block]) -> float:
 class _Cached:
     """A model with its KV cache."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
         # Without a config every layer keeps all positions, so that any layer can be cropped: sliding windows stay
         # in the attention mask, which does not need the cache to forget.
@@ -142,8 +142,8 @@ class _Chooser:
 
 @torch.no_grad()
 def generate(
-    target: nn.Module,
-    drafter: nn.Module,
+    target: PreTrainedModel,
+    drafter: PreTrainedModel,
     prompt: Sequence[int],
     steering: Steering | None = None,
     *,
@@ -196,7 +196,7 @@ class _Guide:
 
     def using(self, states: Tensor | None):
         """Context in which every row the drafter is fed is steered by target states [3H]."""
-        if self.steering is None or self.injector is None:
+        if self.steering is None or self.injector is None or states is None:
             return nullcontext()
         deltas = self.steering(states.to(self.steering.fuse.weight.dtype)) * self.scale
         return self.injector.using(deltas[None, None])  # one guide for all rows
@@ -247,7 +247,7 @@ def _fit(logits: Tensor, vocab: int) -> Tensor:
     """Drafter logits [V'] on the target's vocabulary: one tokenizer is padded to different sizes."""
     if len(logits) >= vocab:
         return logits[:vocab]
-    return nn.functional.pad(logits, (0, vocab - len(logits)), value=float("-inf"))
+    return torch.nn.functional.pad(logits, (0, vocab - len(logits)), value=float("-inf"))
 
 
 def _cut(new: list[int], room: int, eos: frozenset[int]) -> tuple[list[int], str | None]:

@@ -96,4 +96,5 @@ def by_position(
 
 def _log_probs(target: Tensor, drafter: Tensor) -> tuple[Tensor, Tensor]:
     size = min(target.shape[-1], drafter.shape[-1])
-    return tuple(torch.log_softmax(x[..., :size].float(), dim=-1) for x in (target, drafter))
+    a, b = (torch.log_softmax(x[..., :size].float(), dim=-1) for x in (target, drafter))
+    return a, b

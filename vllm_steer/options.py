@@ -6,11 +6,14 @@ import argparse
 import dataclasses
 import json
 import shlex
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_steer.config import SteeringError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def option(default: Any, text: str, **how: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from vllm_steer.data import collate, read_rows
 from vllm_steer.drafter import attach, decoder_layers
 from vllm_steer.losses import Distance, agreement, by_position, overlap
 from vllm_steer.steering import Steering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 OFFSET_RULES = {
     "batch": "one distance d in 1..k for the whole batch",
@@ -37,7 +40,7 @@ class Head:
     It is the model's forward around a decoder that returns what it is given, so scaling and soft caps are in it.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ class _Given(nn.Module):
         self.hidden = hidden
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]  # it says FloatTensor
 
 
 class Pair(nn.Module):
@@ -67,7 +70,9 @@ class Pair(nn.Module):
         first_layer: m > 0: the drafter's first m layers are cut off, it reads the input of layer m (`trunk`).
     """
 
-    def __init__(self, drafter: nn.Module, steering: Steering | None, target: nn.Module, first_layer: int = 0):
+    def __init__(
+        self, drafter: PreTrainedModel, steering: Steering | None, target: PreTrainedModel, first_layer: int = 0
+    ):
         super().__init__()
         self.drafter = drafter
         self.steering = steering
@@ -82,7 +87,7 @@ class Pair(nn.Module):
 
     def hidden(self, batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
         """The drafter's last hidden states [N, H2] at response positions, each steered from the state at `source`."""
-        if self._injector:
+        if self._injector and self.steering is not None:
             # Left in force after the forward: gradient checkpointing runs the layers again in the backward pass.
             self._injector[0].deltas = None if source is None else lazy_deltas(self.steering, batch["states"], source)
         given = (
@@ -103,7 +108,7 @@ class Pair(nn.Module):
         """The mean of `self.loss` over response positions, a scalar."""
         return self.compare([self.loss], batch, source).mean()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form of two
         """What trains and nothing else: a resumable checkpoint need not carry frozen weights or tied copies."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in trained}
@@ -158,7 +163,7 @@ def lazy_deltas(steering: Steering, states: Tensor, source: Tensor) -> Callable[
 
 
 @torch.no_grad()
-def read_target(target: nn.Module, batch: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
+def read_target(target: PreTrainedModel, batch: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
     """The target's `states` [B, T, 3H], the inputs of three layers, and `final` [B, T, H], what its head reads."""
     out = target.get_decoder()(
         input_ids=batch["input_ids"],
@@ -170,14 +175,14 @@ def read_target(target: nn.Module, batch: dict[str, Tensor], layers: tuple[int, 
 
 
 @torch.no_grad()
-def read_trunk(drafter: nn.Module, batch: dict[str, Tensor], first_layer: int) -> Tensor:
+def read_trunk(drafter: PreTrainedModel, batch: dict[str, Tensor], first_layer: int) -> Tensor:
     """The input of the drafter's layer `first_layer`, [B, T, H2]."""
     keys = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return drafter.get_decoder()(**keys, output_hidden_states=True, use_cache=False).hidden_states[first_layer]
 
 
 @torch.no_grad()
-def trunk_fits(drafter: nn.Module, first_layer: int, batch: dict[str, Tensor]) -> bool:
+def trunk_fits(drafter: PreTrainedModel, first_layer: int, batch: dict[str, Tensor]) -> bool:
     """Whether the drafter computes the same when it starts at `first_layer` from what enters that layer.
 
     Families that scale embeddings inside their decoder (Granite) do not.
@@ -287,7 +292,7 @@ def load_tokenizer(target: str, drafter: str) -> Any:
     return theirs
 
 
-def load_model(name: str, dtype: torch.dtype | str) -> nn.Module:
+def load_model(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
     """A causal language model. Raises SteeringError when it cannot be read."""
     from transformers import AutoModelForCausalLM
 
@@ -297,18 +302,23 @@ def load_model(name: str, dtype: torch.dtype | str) -> nn.Module:
         raise SteeringError(f"cannot load {name}: {error}") from error
 
 
-def load_models(target: str, drafter: str, precision: torch.dtype) -> tuple[nn.Module, nn.Module, torch.dtype]:
+def load_models(
+    target: str, drafter: str, precision: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedModel, torch.dtype]:
     """The target (frozen, in `precision`), the drafter (float32), and the dtype the drafter is stored in."""
     big, small = load_model(target, precision), load_model(drafter, "auto")
     stored = small.dtype  # before the next line changes it
     return big.requires_grad_(False).eval(), small.float(), stored
 
 
-def measure_directory(target: str | Path, drafter: str | Path, steering: str | Path, data: str | Path, k: int) -> dict:
+def measure_directory(
+    target: str | Path, drafter: str | Path, steering: str | Path, data: str | Path, k: int
+) -> dict[str, Any]:
     """`measure` a saved drafter on every row of a data file; unsteered if `steering` has no steering/ folder."""
     tokenizer = load_tokenizer(str(target), str(drafter))
     big, small, _ = load_models(str(target), str(drafter), torch.float32)
-    module, layers = None, default_target_layers(big.config.num_hidden_layers)
+    module = None
+    layers: tuple[int, ...] = default_target_layers(big.config.num_hidden_layers)
     if checkpoint.has_steering(steering):
         module = checkpoint.load_for(steering, big.config, small.config)
         layers = module.config.target_layer_ids

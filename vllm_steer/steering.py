@@ -10,6 +10,7 @@ Shape legend: H target hidden size, L steered drafter layers, F drafter FFN widt
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +29,23 @@ class Steering(nn.Module):
         super().__init__()
         self.config = config
         hidden, out = config.target.hidden_size, config.projection_size
-        kw = {"device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fuse = nn.Linear(NUM_STATES * hidden, hidden, **kw)
         self.norm = nn.LayerNorm(hidden, eps=NORM_EPS, **kw)
         if config.rank is None:
-            self.project: nn.Module = nn.Linear(hidden, out, bias=False, **kw)
+            self.project: nn.Linear | nn.Sequential = nn.Linear(hidden, out, bias=False, **kw)
         else:
-            self.project = nn.Sequential(
-                OrderedDict(
-                    down=nn.Linear(hidden, config.rank, bias=False, **kw),
-                    up=nn.Linear(config.rank, out, bias=False, **kw),
-                )
-            )
+            down = nn.Linear(hidden, config.rank, bias=False, **kw)
+            self.project = nn.Sequential(OrderedDict(down=down, up=nn.Linear(config.rank, out, bias=False, **kw)))
         if not self.fuse.weight.is_meta:  # meta: shapes only, whatever the sizes
             self.reset_parameters()
 
     @property
     def output(self) -> nn.Linear:
         """The linear that writes L*F: the one that is zero at the start and sharded under tensor parallelism."""
-        return self.project if self.config.rank is None else self.project.up
+        last = self.project if isinstance(self.project, nn.Linear) else self.project[1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -54,8 +53,8 @@ class Steering(nn.Module):
         self.fuse.weight.copy_(torch.eye(self.config.target.hidden_size).repeat(1, NUM_STATES))
         self.fuse.bias.zero_()
         self.norm.reset_parameters()
-        if self.config.rank is not None:
-            self.project.down.reset_parameters()
+        if isinstance(self.project, nn.Sequential):
+            cast(nn.Linear, self.project[0]).reset_parameters()
         self.output.weight.zero_()
 
     def guide(self, states: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ class Steering(nn.Module):
     def compress(self, guide: Tensor) -> Tensor:
         """[..., H] guides -> [..., H], or [..., r] at low rank: all that is left is one matrix per layer."""
         x = self.norm(guide)
-        return x if self.config.rank is None else self.project.down(x)
+        return self.project[0](x) if isinstance(self.project, nn.Sequential) else x
 
     def delta(self, compressed: Tensor, slot: int) -> Tensor:
         """`compress`ed guides -> [..., F], the delta of the slot-th steered layer: deltas(g)[..., slot, :]."""

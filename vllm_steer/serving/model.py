@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,10 @@ class SteeredActivation(nn.Module):
         super().__init__()
         self.act_fn = act_fn
         self.layer = layer
+        self.deltas: Tensor
+        self.rows: Tensor
+        self.requests: Tensor
+        self.count: Tensor
         self.register_buffer("deltas", injection.deltas, persistent=False)
         self.register_buffer("rows", injection.rows, persistent=False)
         self.register_buffer("requests", injection.requests, persistent=False)
@@ -131,7 +136,7 @@ class Injection:
                 "steered in vLLM; Llama, Qwen2, Qwen3, Mistral, Gemma, Granite and Phi-3 can"
             )
         for slot, layer in enumerate(self.config.steered_layers):
-            mlp = mlps[layer]
+            mlp: Any = mlps[layer]
             mlp.act_fn = SteeredActivation(mlp.act_fn, self, slot)
         logger.info(
             "steering is on: target layers %s -> %d of %d drafter layers, %s, k=%d, scale %g, from %s",
@@ -221,10 +226,10 @@ def _multiply_like_vllm(steering: Steering) -> None:
     for layer in steering.modules():
         if isinstance(layer, nn.Linear):
             dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-            layer.forward = functools.partial(_cpu_linear, layer)
+            layer.forward = functools.partial(_cpu_linear, layer)  # type: ignore[method-assign]  # as vLLM does
 
 
-def _cpu_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def _cpu_linear(layer: Any, x: Tensor) -> Tensor:
     return layer.cpu_linear(x, layer.weight, layer.bias)
 
 

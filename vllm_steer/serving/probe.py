@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.metrics.reader import Counter
 
 
 @dataclass
@@ -91,7 +92,8 @@ def drive(
     """
     engine, clock = llm.llm_engine, Clock()
     answers = [Delivery() for _ in prompts]
-    waiting, live = deque(range(len(prompts))), set()
+    waiting = deque(range(len(prompts)))
+    live: set[int] = set()
     while waiting or live:
         while waiting and len(live) < batch:
             live.add(i := waiting.popleft())
@@ -109,6 +111,7 @@ def drive(
         seconds = time.perf_counter() - start
         tokens = 0
         for out in outputs:
+            assert isinstance(out, RequestOutput)  # not a pooling model's
             i, delta = int(out.request_id), out.outputs[0]
             tokens += len(delta.token_ids)
             _deliver(answers[i], delta)
@@ -135,7 +138,7 @@ def _deliver(answer: Delivery, delta: Any) -> None:
 
 def preemptions(llm: LLM) -> int:
     """Requests vLLM has preempted so far: it answers their return with placeholder drafts."""
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    return sum(m.value for m in llm.get_metrics() if isinstance(m, Counter) and m.name == "vllm:num_preemptions")
 
 
 # --- asked of the workers, by llm.collective_rpc --------------------------------------------------------------------
@@ -192,7 +195,7 @@ def describe(llm: LLM) -> dict[str, Any]:
     import vllm
 
     config = llm.llm_engine.vllm_config
-    found = {
+    found: dict[str, Any] = {
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",

@@ -31,7 +31,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
     def _get_model(self) -> nn.Module:
         model = super()._get_model()
         if self.plan is not None:
-            self.injection = attach(self.vllm_config, self.plan, model, self.device, self.dtype)
+            self.injection = attach(self.vllm_config, self.plan, model, self.device)
         return model
 
     def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
@@ -102,12 +102,12 @@ class SteeredDraftModelProposer(DraftModelProposer):
         )
 
 
-def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Injection:
+def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device) -> Injection:
     """Build the injection for this rank and wrap the freshly loaded draft model; the first rank counts blocks."""
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     rank = get_tensor_model_parallel_rank()
-    injection = Injection(plan, device, dtype, rank, get_tensor_model_parallel_world_size())
+    injection = Injection(plan, device, vllm_config.model_config.dtype, rank, get_tensor_model_parallel_world_size())
     injection.attach(model)
     if rank == 0:
         injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device)

@@ -21,7 +21,9 @@ class SteeredSpeculator(StandaloneARSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         model = super().load_draft_model(target_model, target_attn_layer_names)
-        self.injection = attach(self.vllm_config, Plan.of(self.vllm_config), model, self.device, self.dtype)
+        plan = Plan.of(self.vllm_config)
+        assert plan is not None
+        self.injection = attach(self.vllm_config, plan, model, self.device)
         return model
 
     @torch.inference_mode()
@@ -39,9 +41,10 @@ class SteeredSpeculator(StandaloneARSpeculator):
         **kwargs: Any,
     ) -> Tensor:
         if not dummy_run:
+            assert aux_hidden_states is not None  # vLLM hands them out: `init_speculator` asked for them
             self._steer_first_pass(input_batch, aux_hidden_states, num_rejected)
         try:
-            return super().propose(
+            return super().propose(  # type: ignore[misc]  # `args` end before dummy_run
                 input_batch,
                 attn_metadata,
                 slot_mappings,

@@ -26,6 +26,9 @@ logger = logging.getLogger("vllm.steer")
 class Switch:
     """Mixed into vLLM's worker by `--worker-extension-cls`."""
 
+    model_runner: Any  # the worker's
+    rank: int
+
     def steer(self, scale: float | None = None) -> dict[str, Any]:
         """Multiply every delta by `scale` from the next draft round on; 0 drafts like the plain drafter.
 
