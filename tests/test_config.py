@@ -10,7 +10,7 @@ import pytest
 from pairs import tiny_config
 from transformers import AutoConfig
 
-from vllm_steer.config import (
+from vllm_steer.drafters.steered.config import (
     SteeringConfig,
     SteeringError,
     check_pair,

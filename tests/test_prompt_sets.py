@@ -11,7 +11,7 @@ import pytest
 
 import vllm_steer
 
-FOLDER = Path(vllm_steer.__file__).parent / "prompt_sets"
+FOLDER = Path(vllm_steer.__file__).parent / "data/prompt_sets"
 NAMES = ("chat", "code", "math", "summarise", "instructions")
 SPLITS = ["train", "train", "test", "train", "train", "validation", "train", "test", "train", "train"]  # by index % 10
 SHINGLE = 5  # words
