@@ -43,6 +43,7 @@ triton: $(VENV)/share/triton-interpreter/.installed-$(TRITON)
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 # Wheel and sdist, as a release has them.
 package: install

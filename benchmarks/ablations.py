@@ -9,7 +9,7 @@ in JSON:
     "distill steps=0"                       the plain drafter
 
 All variants of the same data and guides share one cache of the target's states. Predictions are teacher forced (see
-vllm_steer/training/pair.py: `measure`); the few that matter are measured in vLLM by `vllm-steer bench`. A variant that
+vllm_steer/training/acceptance.py: `measure`); the few that matter are measured in vLLM by `vllm-steer bench`. A variant that
 is in the output already is not trained again.
 
     python examples/tiny_pair/make.py --out pair --work work        # once: responses.jsonl, test.jsonl
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from record import write_report
 
-from vllm_steer.training.pair import measure_directory
+from vllm_steer.training.acceptance import measure_directory
 from vllm_steer.training.trainer import TrainConfig, train
 
 

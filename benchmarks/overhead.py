@@ -29,8 +29,9 @@ TEXT = "def read_lines(path, limit=None):\n    "
 
 def zero_adapter(target: str, drafter: str, rank: int | None, layers: str, directory: Path) -> Path:
     """An adapter over `drafter` whose deltas are all zero."""
+    from vllm_steer.drafters.models import read_model_config
     from vllm_steer.drafters.steered import checkpoint
-    from vllm_steer.drafters.steered.config import SteeringConfig, read_model_config
+    from vllm_steer.drafters.steered.config import SteeringConfig
     from vllm_steer.drafters.steered.module import Steering
 
     steered = None if layers == "all" else tuple(map(int, layers.split(",")))

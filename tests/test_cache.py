@@ -11,8 +11,8 @@ from pairs import DRAFTER, Size, tiny_model
 from test_train import folder, options  # noqa: F401  (a fixture)
 from torch import Tensor
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.dataset import Row, collate
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.training import batches, trainer
 from vllm_steer.training.cache import StateCache
 from vllm_steer.training.pair import trunk_fits

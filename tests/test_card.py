@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 
 from vllm_steer import cli
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.ops import hub
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"

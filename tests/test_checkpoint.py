@@ -14,8 +14,8 @@ import torch
 from pairs import make_pair, random_steering, tiny_config
 from safetensors.torch import load_file, save_file
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.drafters.steered.module import Steering
 
 TARGET = tiny_config("llama", num_hidden_layers=7)

@@ -22,8 +22,9 @@ import torch
 from pairs import Size, change_config, save_tokenizer, tiny_model
 
 from vllm_steer import cli
+from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.ops.doctor import checks
 from vllm_steer.ops.doctor import run as doctor
 from vllm_steer.ops.doctor.checks import added_bytes

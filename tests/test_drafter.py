@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 from transformers.activations import ACT2FN
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import hf
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.drafters.steered.hf import attach, decoder_layers
 
 IDS = torch.arange(24).view(2, 12) * 5 % 128

@@ -25,7 +25,7 @@ from vllm_steer.bench import run as evaluate
 from vllm_steer.bench.block_counting import Answer, count
 from vllm_steer.bench.candidate import Contender
 from vllm_steer.bench.run import BenchConfig
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 ROOT = Path(__file__).parents[1]
 PAIR = ROOT / "examples" / "tiny_pair"

@@ -10,8 +10,8 @@ from pairs import PAIR_FAMILIES, Size, random_prompt, random_steering, tiny_pair
 from scipy.stats import chi2
 from torch import Tensor, nn
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.decoding.chain import Block, _Chooser, _fit, block_efficiency, generate
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.drafters.steered.hf import attach
 from vllm_steer.drafters.steered.module import Steering
 

@@ -13,8 +13,8 @@ from engines import TRITON
 from pairs import make_pair
 from torch import nn
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.serving.injection import Injection, SteeredActivation, gated_mlps
 from vllm_steer.serving.plan import Plan
 

@@ -12,8 +12,8 @@ from pairs import DRAFTER, Size, make_pair, tiny_model
 from safetensors.torch import save_file
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.serving import patches, plan, register
 from vllm_steer.serving.plan import KILL_SWITCH, LAYER_IDS, Plan
 

@@ -13,8 +13,9 @@ import pytest
 from engines import Runner
 from transformers import AutoTokenizer
 
+from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 
 pytestmark = pytest.mark.real_pair

@@ -25,12 +25,12 @@ from engines import ENV, runner_env
 from transformers import AutoTokenizer
 
 from vllm_steer.common import options
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
 from vllm_steer.data.dataset import generate as responses
 from vllm_steer.data.generate import GenerateConfig, generate, response_seed
 from vllm_steer.data.prompts import read_prompts
 from vllm_steer.data.response_file import ResponseFile, meta_path
-from vllm_steer.drafters.steered.config import SteeringError
 
 PAIR = Path(__file__).parent.parent / "examples/tiny_pair"
 ENDS = {0, 199, 260}  # the end of a text and two kinds of newline: with these, responses end in both ways

@@ -32,15 +32,11 @@ from test_config import raw as valid_config
 from torch import nn
 
 import vllm_steer
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
+from vllm_steer.drafters.models import DrafterShape, TargetShape, read_model_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import (
-    DrafterShape,
-    SteeringConfig,
-    SteeringError,
-    TargetShape,
-    read_model_config,
-)
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.import_sd2 import import_published
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.serving.plan import PLAN, Plan

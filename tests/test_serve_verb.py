@@ -15,7 +15,7 @@ import pytest
 from pairs import Size, change_config, tiny_model
 
 from vllm_steer import cli
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.ops import launch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,25 +19,18 @@ from pairs import Size, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
 from vllm_steer.data.dataset import Row, collate, read_rows, split_rows
 from vllm_steer.data.response_file import meta_path
 from vllm_steer.decoding.chain import generate
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.training import losses, trainer
+from vllm_steer.training.acceptance import fixed_sources, measure_directory, walk
 from vllm_steer.training.batches import read_data
-from vllm_steer.training.pair import (
-    Head,
-    Pair,
-    fixed_sources,
-    guide_sources,
-    lazy_deltas,
-    measure_directory,
-    response_mask,
-    walk,
-)
+from vllm_steer.training.pair import Head, Pair, guide_sources, lazy_deltas, response_mask
 from vllm_steer.training.trainer import TrainConfig
 
 VOCAB = 40

@@ -19,8 +19,8 @@ import pytest
 import torch
 from test_blocks import round_of
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.serving.telemetry import watchdog
 from vllm_steer.serving.telemetry.block_counter import Blocks, Counts
 

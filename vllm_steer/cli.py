@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vllm_steer import __version__
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError, check_pair, read_model_config
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its verb is chosen; help; example
     "generate": (

@@ -199,7 +199,7 @@ def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args
 
 def compare(work: Path, out: Path) -> None:
     """Predicted acceptance on stretches of the test files, for every drafter made here, in `acceptance.json`."""
-    from vllm_steer.training.pair import measure_directory
+    from vllm_steer.training.acceptance import measure_directory
 
     rows = [
         {"prompt_ids": ids[:64].tolist(), "response_ids": ids[64:].tolist()}

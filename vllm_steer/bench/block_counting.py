@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 DRAWS = 10_000  # bootstrap samples
 INTERVAL = (0.025, 0.975)

@@ -23,8 +23,10 @@ from typing import Any
 
 from vllm_steer.bench import block_counting
 from vllm_steer.common import provenance
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError, check_pair, read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 NONE = "none"  # the name of the contender without speculation
 WARM_UP = 16  # tokens

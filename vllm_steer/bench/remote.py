@@ -12,8 +12,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.prompts import Prompt
-from vllm_steer.drafters.steered.config import SteeringError
 
 COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",

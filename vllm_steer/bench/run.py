@@ -20,9 +20,10 @@ from typing import Any
 from vllm_steer.bench import block_counting, report
 from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
 from vllm_steer.common import options, provenance
+from vllm_steer.common.errors import SteeringError, require_at_least
 from vllm_steer.common.options import option
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
-from vllm_steer.drafters.steered.config import SteeringError, read_model_config, require_at_least, text_config
+from vllm_steer.drafters.models import read_model_config, text_config
 
 log = logging.getLogger(__name__)
 

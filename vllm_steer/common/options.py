@@ -8,7 +8,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer import __version__
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 VOLATILE = ("transformers_version", "_name_or_path")  # keys of config.json that saving a model again changes
 SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # of each weight file; smaller files are read whole

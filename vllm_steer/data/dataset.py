@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.prompts import encode_prompt
-from vllm_steer.drafters.steered.config import SteeringError
 
 FORMS = ({"prompt", "response"}, {"text"}, {"prompt_ids", "response_ids"})
 ALLOWED = '{"prompt", "response"}, {"text"} or {"prompt_ids", "response_ids"}'

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 SYNC_SECONDS = 5.0  # what a power cut may lose; a killed process loses nothing that was written
 

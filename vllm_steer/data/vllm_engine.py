@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 BATCH = 8  # requests a Ray task carries: answers reach the driver, and are safe, in groups of these
 TASKS = 64  # tasks an actor works on at once; BATCH * TASKS requests are offered to its engine

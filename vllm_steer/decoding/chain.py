@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered.hf import Injector, attach
 from vllm_steer.drafters.steered.module import Steering
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from vllm_steer.bench import report
 from vllm_steer.common import options
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import fingerprint
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError
+from vllm_steer.drafters.steered.config import SteeringConfig
 
 CARD = "README.md"
 OURS = "<!-- written by vllm-steer push -->"  # a card without this line is its author's, and is kept

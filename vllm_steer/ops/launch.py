@@ -15,9 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.options import json_object
+from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError, check_pair, read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 DRAFT_LENGTH = 5  # for a checkpoint that does not say what it was trained for
 SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default

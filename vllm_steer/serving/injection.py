@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringError
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.serving.plan import Plan
 from vllm_steer.serving.telemetry.block_counter import Blocks

@@ -15,7 +15,7 @@ from typing import Any
 
 import wrapt
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.serving import plan
 
 logger = logging.getLogger("vllm.steer")

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError, check_pair, text_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig

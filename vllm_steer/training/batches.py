@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
 from vllm_steer.data.dataset import Row, collate, read_rows, split_rows, without_prompts
 from vllm_steer.data.response_file import meta_path
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.training.cache import StateCache
 from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.dataset import Row, collate
 from vllm_steer.data.response_file import write_json
-from vllm_steer.drafters.steered.config import SteeringError
 
 INDEX = "cache.json"
 

@@ -21,15 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from vllm_steer.common import options
+from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data.dataset import sha256
+from vllm_steer.drafters.models import load_model, load_models
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, SteeringError, require_at_least, require_one_of
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.training.acceptance import measure
 from vllm_steer.training.batches import Batches, read_data
 from vllm_steer.training.losses import LOSSES
-from vllm_steer.training.pair import OFFSET_RULES, Pair, guide_sources, load_model, load_models, load_tokenizer, measure
+from vllm_steer.training.pair import OFFSET_RULES, Pair, guide_sources, load_tokenizer
 from vllm_steer.training.plots import plot_training
 
 MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}

@@ -21,13 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_steer.drafters.steered.config import (
-    SteeringConfig,
-    SteeringError,
-    check_pair,
-    drafter_shape,
-    read_model_config,
-)
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import drafter_shape, read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
 
 FOLDER = "steering"

@@ -5,38 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.common.errors import SteeringError, require_positive_int
+from vllm_steer.drafters.models import DrafterShape, TargetShape, drafter_shape, target_shape
+
 FORMAT_VERSION = 1
 NUM_STATES = 3  # low, mid and high target layer (paper, section 3)
-
-
-class SteeringError(ValueError):
-    """A mistake in a checkpoint, a configuration or a pairing, told as: what, what is allowed, the remedy."""
-
-
-@dataclass(frozen=True)
-class TargetShape:
-    """The target (verifier) the steering reads its hidden states from."""
-
-    name: str  # model id or directory it was trained against; information, not checked
-    hidden_size: int  # H
-    num_hidden_layers: int
-    vocab_size: int
-
-
-@dataclass(frozen=True)
-class DrafterShape:
-    """The drafter the steering writes its deltas into."""
-
-    name: str  # for an adapter: the base drafter to attach it to
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int  # F
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +41,7 @@ class SteeringConfig:
         for shape in (self.target, self.drafter):
             for key, value in dataclasses.asdict(shape).items():
                 if key != "name":
-                    _require_positive_int(f"{type(shape).__name__}.{key}", value)
+                    require_positive_int(f"{type(shape).__name__}.{key}", value)
         layers = self.target.num_hidden_layers
         _require_ids("target_layer_ids", self.target_layer_ids, layers)
         if len(self.target_layer_ids) != NUM_STATES:
@@ -76,9 +53,9 @@ class SteeringConfig:
         if not self.steered_layers:
             raise SteeringError("steered_layers is empty: name at least one drafter layer to steer")
         if self.rank is not None:
-            _require_positive_int("rank", self.rank)
+            require_positive_int("rank", self.rank)
         if self.draft_length is not None:
-            _require_positive_int("draft_length", self.draft_length)
+            require_positive_int("draft_length", self.draft_length)
 
     @property
     def num_steered(self) -> int:
@@ -117,7 +94,7 @@ class SteeringConfig:
         if not isinstance(raw, dict):
             raise SteeringError(f"{where}: expected a JSON object, found {type(raw).__name__}")
         version = raw.get("format_version", FORMAT_VERSION)
-        _require_positive_int(f"{where}: format_version", version)
+        require_positive_int(f"{where}: format_version", version)
         if version > FORMAT_VERSION:
             raise SteeringError(
                 f"{where}: format version {version} is newer than this vllm-steer reads "
@@ -154,51 +131,6 @@ class SteeringConfig:
         return config
 
 
-def text_config(hf_config: Any) -> Any:
-    """The language-model part of a transformers config: multimodal ones nest it."""
-    getter = getattr(hf_config, "get_text_config", None)
-    return getter() if getter is not None else hf_config
-
-
-def read_model_config(source: str | Path) -> Any:
-    """The transformers config of a model directory or hub id. Raises SteeringError if there is none to read.
-
-    Code that comes with a model is never run, and transformers is not let ask whether to.
-    """
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    except Exception as error:  # a wrong value in the file surfaces there as whatever it breaks first
-        reason = " ".join(line.strip() for line in str(error).strip().split("\n")[:2])
-        raise SteeringError(
-            f"cannot read the model config of {source} ({reason}): give a model directory or a hub id"
-        ) from None
-
-
-def target_shape(name: str, hf_config: Any) -> TargetShape:
-    """Sizes of a target from its transformers config. Raises SteeringError if it does not state one of them."""
-    cfg = text_config(hf_config)
-    return TargetShape(name, *(_size(cfg, key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")))
-
-
-def drafter_shape(name: str, hf_config: Any) -> DrafterShape:
-    """Sizes of a drafter from its transformers config. Raises SteeringError if it does not state one of them."""
-    cfg = text_config(hf_config)
-    keys = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-    return DrafterShape(name, *(_size(cfg, key) for key in keys))
-
-
-def _size(hf_config: Any, key: str) -> int:
-    value = getattr(hf_config, key, None)
-    if not isinstance(value, int):
-        raise SteeringError(
-            f"a model of type {getattr(hf_config, 'model_type', '?')!r} has {key} {value!r}, needed is one number: "
-            "choose a decoder-only model whose layers are all of one size, with gated MLPs if it is the drafter"
-        )
-    return value
-
-
 def default_target_layers(num_hidden_layers: int) -> tuple[int, int, int]:
     """Low, mid and high layer ids when none are given: 2, middle, third from the end (as EAGLE-3 picks them)."""
     if num_hidden_layers < NUM_STATES:
@@ -227,23 +159,6 @@ def _compare(role: str, wanted: TargetShape | DrafterShape, found: TargetShape |
                 f"this {role} has {key}={have}, the steering was trained for {key}={want} "
                 f"({role} {wanted.name!r}): serve it with that {role}, or train a steering for this one"
             )
-
-
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Raises SteeringError naming an option that is below what is allowed."""
-    if value < least:
-        raise SteeringError(f"{name} is {value}, allowed is {least} or more")
-
-
-def require_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises SteeringError naming an option that is not among those allowed."""
-    if value not in allowed:
-        raise SteeringError(f"{name} is {value!r}, allowed are {', '.join(allowed)}")
-
-
-def _require_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SteeringError(f"{name} is {value!r}, allowed is a whole number from 1 up")
 
 
 def _require_ids(name: str, ids: tuple[int, ...], count: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,14 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import drafter_shape, read_model_config, target_shape
 from vllm_steer.drafters.steered.checkpoint import FLOATS, copy_files, filling, mark, refuse_used, save
-from vllm_steer.drafters.steered.config import (
-    SteeringConfig,
-    SteeringError,
-    drafter_shape,
-    read_model_config,
-    target_shape,
-)
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 
 _SOURCE_STEERING = {

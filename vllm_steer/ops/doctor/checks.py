@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
+from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.config import SteeringConfig, check_pair, text_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of

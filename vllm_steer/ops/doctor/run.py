@@ -12,8 +12,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from vllm_steer.common.errors import SteeringError, require_at_least
 from vllm_steer.common.options import flag
-from vllm_steer.drafters.steered.config import SteeringError, require_at_least
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding, python_packages
 
 ABSENT = {

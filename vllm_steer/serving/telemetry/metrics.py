@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from vllm_steer.drafters.steered.config import SteeringError
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.serving.plan import Plan
 from vllm_steer.serving.telemetry import watchdog
 
