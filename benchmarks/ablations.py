@@ -8,9 +8,9 @@ in JSON:
     "distill loss=tvd data=[\"own.jsonl\"]"   two
     "distill steps=0"                       the plain drafter
 
-All variants of the same data and guides share one cache of the target's states. Predictions are teacher forced (see
-vllm_steer/training/acceptance.py: `measure`); the few that matter are measured in vLLM by `vllm-steer bench`. A variant that
-is in the output already is not trained again.
+All variants of the same data and guides share one cache of the target's states. Predictions are teacher forced
+(vllm_steer/training/acceptance.py: `measure`); the few that matter are measured in vLLM by `vllm-steer bench`. A
+variant that is in the output already is not trained again.
 
     python examples/tiny_pair/make.py --out pair --work work        # once: responses.jsonl, test.jsonl
     python benchmarks/ablations.py --pair pair --data work/responses.jsonl --test work/test.jsonl --output ablations \

@@ -1,7 +1,7 @@
 """Is the predicted number of tokens per block what vLLM then measures? One table, from a finished `vllm-steer bench`.
 
-The prediction (vllm_steer/training/acceptance.py: `measure`) reads responses of the target to the bench's prompts, one file
-greedy and one sampled at temperature 1; the measurement speculated through the same prompts.
+The prediction (vllm_steer/training/acceptance.py: `measure`) reads responses of the target to the bench's prompts, one
+file greedy and one sampled at temperature 1; the measurement speculated through the same prompts.
 
     vllm-steer generate --model TARGET --prompts heldout.jsonl --max-tokens 128 --temperature 0 --output greedy.jsonl
     vllm-steer generate --model TARGET --prompts heldout.jsonl --max-tokens 128 --output sampled.jsonl

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.data.dataset import prompts
+from vllm_steer.data import prompts
 from vllm_steer.data.prompts import Prompt, encode_prompt, read_prompts
 
 TARGET = Path(__file__).parent.parent / "examples/tiny_pair/target"

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
-from vllm_steer.data.dataset import generate as responses
+from vllm_steer.data import generate as responses
 from vllm_steer.data.generate import GenerateConfig, generate, response_seed
 from vllm_steer.data.prompts import read_prompts
 from vllm_steer.data.response_file import ResponseFile, meta_path
