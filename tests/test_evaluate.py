@@ -271,7 +271,7 @@ def bench_config(tmp_path: Path, **change: Any) -> BenchConfig:
 def test_refused_before_any_engine_starts(tmp_path: Path, change: dict[str, Any], why: str) -> None:
     config = bench_config(tmp_path)
     with pytest.raises(SteeringError, match=why):
-        evaluate.bench(BenchConfig(**vars(config) | change))
+        evaluate.benchmark(BenchConfig(**vars(config) | change))
     assert not Path(config.output).exists()
 
 
@@ -279,10 +279,10 @@ def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
     with pytest.raises(SteeringError, match="exists and is not empty"):
-        evaluate.bench(bench_config(tmp_path))
+        evaluate.benchmark(bench_config(tmp_path))
     (tmp_path / "out" / "results.json").write_text('{"settings": {}}')
     with pytest.raises(SteeringError, match="not of a benchmark"):
-        evaluate.bench(bench_config(tmp_path, resume=True))
+        evaluate.benchmark(bench_config(tmp_path, resume=True))
 
 
 # --- the real command -----------------------------------------------------------------------------------------------
@@ -449,11 +449,11 @@ def test_resuming_with_nothing_left_and_with_other_settings(measured: tuple[Path
     same = {key: settings[key] for key in ("target", "prompts", "k", "max_tokens", "batch", "max_model_len", "seed")}
     drafters = (f"plain={PAIR / 'drafter'}", f"steered={PAIR / 'steered'}")
     config = BenchConfig(**same, drafters=drafters, output=str(output), engine=json.dumps(ENGINE), resume=True)
-    again = evaluate.bench(config)
+    again = evaluate.benchmark(config)
     assert again["summary"] == before["summary"] and [c["name"] for c in again["contenders"]][0] == "none"
     for key, value in (("seed", 7), ("k", 4), ("temperature", (0.0,))):
         with pytest.raises(SteeringError, match=f"was measured with {key} "):
-            evaluate.bench(dataclasses.replace(config, **{key: value}))
+            evaluate.benchmark(dataclasses.replace(config, **{key: value}))
 
 
 @pytest.mark.slow

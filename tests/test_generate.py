@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.decoding.chain import Block, _Chooser, _fit, block_efficiency, generate
+from vllm_steer.decoding.chain import Block, _Chooser, _fit, acceptance_length, generate
 from vllm_steer.drafters.steered.hf import attach
 from vllm_steer.drafters.steered.module import Steering
 
@@ -79,7 +79,7 @@ def test_a_target_drafting_for_itself_is_always_right(llama: tuple) -> None:
     target = llama[0]
     generation = generate(target, target, random_prompt(5), k=3, max_new_tokens=41)
     assert [b.accepted for b in generation.blocks] == [3] * 10
-    assert block_efficiency(generation.blocks) == 4
+    assert acceptance_length(generation.blocks) == 4
 
 
 # --- the window rule, without caches ------------------------------------------------------------------------
@@ -268,10 +268,10 @@ def test_positions_and_drafts_fit_together(llama: tuple) -> None:
 
 def test_block_efficiency() -> None:
     full, short = Block(5, (1, 2, 3), 3, 4), Block(9, (1, 2, 3), 0, 1)
-    assert block_efficiency([full, short]) == 2.5
-    assert block_efficiency([full, short, Block(10, (1, 2, 3), 2, 1, "length")]) == 8 / 3  # counts in full
-    assert block_efficiency([full, short, Block(10, (1, 2, 3), 2, 1, "eos")]) == 2  # up to the end
-    assert block_efficiency([]) != block_efficiency([])
+    assert acceptance_length([full, short]) == 2.5
+    assert acceptance_length([full, short, Block(10, (1, 2, 3), 2, 1, "length")]) == 8 / 3  # counts in full
+    assert acceptance_length([full, short, Block(10, (1, 2, 3), 2, 1, "eos")]) == 2  # up to the end
+    assert acceptance_length([]) != acceptance_length([])
 
 
 def test_a_drafter_vocabulary_padded_less_is_never_drafted_beyond() -> None:

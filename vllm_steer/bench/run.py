@@ -129,11 +129,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`vllm-steer bench`: measure, then show the table and say where it is."""
     config = options.from_arguments(BenchConfig, args)
-    results = bench(config)
+    results = benchmark(config)
     print(f"{report.table(results)}\nwrote {config.output}")
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
+def benchmark(config: BenchConfig) -> dict[str, Any]:
     """Measure and write `config.output`; returns what results.json holds.
 
     Raises SteeringError for models, prompts or an output that cannot be used, and when an engine fails.

@@ -50,8 +50,13 @@ class Generation:
     tokens: list[int]
     blocks: list[Block]
 
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per block of this answer, see the function of that name."""
+        return acceptance_length(self.blocks)
 
-def block_efficiency(blocks: Sequence[Block]) -> float:
+
+def acceptance_length(blocks: Sequence[Block]) -> float:
     """Tokens per block, the target's own (bonus or correcting) token included: 1 + accepted / blocks.
 
     Counting rule: the first token of an answer comes from the prefill and belongs to no block. A block that

@@ -106,7 +106,7 @@ class Injection:
     """
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype, tp_rank: int = 0, tp_size: int = 1):
-        steering = checkpoint.load(checkpoint.resolve(plan.source, plan.revision))
+        steering = checkpoint.load_steering(plan.source, plan.revision)
         if steering.config.projection_size != plan.projection_size:
             raise SteeringError(f"{plan.source} changed while the server was starting: start it again")
         self.plan = plan

@@ -162,6 +162,11 @@ def load(directory: str | Path) -> Steering:
     return steering.requires_grad_(False)
 
 
+def load_steering(source: str | Path, revision: str | None = None) -> Steering:
+    """`load` from a directory or, at `revision`, from a hub id."""
+    return load(resolve(source, revision))
+
+
 def load_for(directory: str | Path, target: Any, drafter: Any) -> Steering:
     """`load`, then check it against the transformers configs of the target and the drafter it will run with."""
     steering = load(directory)

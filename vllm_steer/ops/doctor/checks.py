@@ -83,7 +83,7 @@ def seam_places(case: Case) -> Iterable[Finding]:
 
 def steering_weights(case: Case) -> Iterable[Finding]:
     """Files, shapes, finite values, golden deltas: everything the server will check when it loads it."""
-    config = checkpoint.load(checkpoint.resolve(case.checkpoint)).config
+    config = checkpoint.load_steering(case.checkpoint).config
     case.config = config
     rank = "full rank" if config.rank is None else f"rank {config.rank}"
     steered = f"{config.num_steered} of {config.drafter.num_hidden_layers} drafter layers"
