@@ -36,7 +36,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["vllm_steer", "vllm_steer.*"]),
-    package_data={"vllm_steer": ["py.typed", "prompt_sets/*"]},
+    package_data={"vllm_steer": ["py.typed", "data/prompt_sets/*"]},
     python_requires=">=3.11",
     install_requires=["torch", "transformers>=4.56", "safetensors", "huggingface_hub", "wrapt", "tqdm"],
     extras_require={
@@ -52,7 +52,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["vllm_steer = vllm_steer.serving:register"],
-        "vllm.stat_logger_plugins": ["vllm_steer = vllm_steer.serving.gauges:Gauges"],
+        "vllm.stat_logger_plugins": ["vllm_steer = vllm_steer.serving.telemetry.metrics:Gauges"],
         "console_scripts": ["vllm-steer = vllm_steer.cli:main"],
     },
 )

@@ -1,6 +1,6 @@
 """Ablations: train variants of one recipe and predict the acceptance of each on test text.
 
-A variant is a mode and what it changes in the trainer's settings (`vllm_steer.train.TrainConfig`), values in JSON:
+A variant is a mode and what it changes in the trainer's settings (`vllm_steer.training.trainer.TrainConfig`), values in JSON:
 
     joint                                   the base: --loss, --lr and the other options below
     "joint rank=8"                          one change
@@ -8,7 +8,7 @@ A variant is a mode and what it changes in the trainer's settings (`vllm_steer.t
     "distill steps=0"                       the plain drafter
 
 All variants of the same data and guides share one cache of the target's states. Predictions are teacher forced (see
-vllm_steer/pair.py: `measure`); the few that matter are measured in vLLM by `vllm-steer bench`. A variant that is in
+vllm_steer/training/pair.py: `measure`); the few that matter are measured in vLLM by `vllm-steer bench`. A variant that is in
 the output already is not trained again.
 
     python examples/tiny_pair/make.py --out pair --work work        # once: responses.jsonl, test.jsonl
@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from record import write_report
 
-from vllm_steer.pair import measure_directory
-from vllm_steer.train import TrainConfig, train
+from vllm_steer.training.acceptance import measure_directory
+from vllm_steer.training.trainer import TrainConfig, train
 
 
 def parse(variant: str, base: TrainConfig) -> TrainConfig:

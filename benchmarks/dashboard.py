@@ -177,7 +177,7 @@ def main() -> int:
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
     options = ("--served-model-name", "model", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
                "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3",
-               "--worker-extension-cls", "vllm_steer.serving.switch.Switch", *args.args)  # fmt: skip
+               "--worker-extension-cls", "vllm_steer.serving.scale.Switch", *args.args)  # fmt: skip
     spec = {"model": str(args.drafter), "num_speculative_tokens": args.k}
     with tempfile.TemporaryDirectory() as name:
         folder, env = Path(name), {"VLLM_SERVER_DEV_MODE": "1"}

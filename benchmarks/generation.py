@@ -25,7 +25,7 @@ from record import ENV, write_report
 
 def ours(model: str, prompts: str, tokens: int, engine: str) -> float:
     """Response tokens per second as the command reports them."""
-    from vllm_steer.responses import GenerateConfig, generate
+    from vllm_steer.data.generate import GenerateConfig, generate
 
     with tempfile.TemporaryDirectory() as folder:
         meta = generate(GenerateConfig(model, prompts, f"{folder}/out.jsonl", max_tokens=tokens, engine=engine))
@@ -38,8 +38,8 @@ def plain(model: str, prompts: str, tokens: int, engine: str) -> float:
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    from vllm_steer.prompts import encode_prompt, read_prompts
-    from vllm_steer.responses import response_seed
+    from vllm_steer.data.generate import response_seed
+    from vllm_steer.data.prompts import encode_prompt, read_prompts
 
     tokenizer, found = AutoTokenizer.from_pretrained(model), read_prompts(prompts, None)
     whole_prompts = {} if torch.accelerator.is_available() else {"enable_chunked_prefill": False}  # as generate does

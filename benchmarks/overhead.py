@@ -22,16 +22,17 @@ from typing import Any
 
 from record import ENV, write_report
 
-from vllm_steer.serving.model import SteeredActivation
+from vllm_steer.serving.injection import SteeredActivation
 
 TEXT = "def read_lines(path, limit=None):\n    "
 
 
 def zero_adapter(target: str, drafter: str, rank: int | None, layers: str, directory: Path) -> Path:
     """An adapter over `drafter` whose deltas are all zero."""
-    from vllm_steer import checkpoint
-    from vllm_steer.config import SteeringConfig, read_model_config
-    from vllm_steer.steering import Steering
+    from vllm_steer.drafters.models import read_model_config
+    from vllm_steer.drafters.steered import checkpoint
+    from vllm_steer.drafters.steered.config import SteeringConfig
+    from vllm_steer.drafters.steered.module import Steering
 
     steered = None if layers == "all" else tuple(map(int, layers.split(",")))
     configs = (read_model_config(path) for path in (target, drafter))

@@ -1,6 +1,6 @@
 """Is the predicted number of tokens per block what vLLM then measures? One table, from a finished `vllm-steer bench`.
 
-The prediction (vllm_steer/pair.py: `measure`) reads responses of the target to the bench's prompts, one file greedy and
+The prediction (vllm_steer/training/pair.py: `measure`) reads responses of the target to the bench's prompts, one file greedy and
 one sampled at temperature 1; the measurement speculated through the same prompts.
 
     vllm-steer generate --model TARGET --prompts heldout.jsonl --max-tokens 128 --temperature 0 --output greedy.jsonl
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from record import write_report
 
-from vllm_steer.pair import measure_directory
+from vllm_steer.training.acceptance import measure_directory
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_steer import train
+    from vllm_steer.training import trainer
 
     torch.set_num_threads(args.threads)
     rng = random.Random(0)
@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
             optimizer.zero_grad()
     else:
         top = AutoModelForCausalLM.from_pretrained(args.drafter).config.num_hidden_layers - 1
-        config = train.TrainConfig(
+        config = trainer.TrainConfig(
             target=args.target,
             drafter=args.drafter,
             data=(str(data),),
@@ -61,14 +61,14 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
             save_every=10 * args.steps,
             cache=str(Path(folder) / ("trunk" if mode == "top layer" else "states")) if cache else None,
         )
-        sources = train.guide_sources  # called once a forward, at its start
+        sources = trainer.guide_sources  # called once a forward, at its start
 
         def stamped(*given: Any) -> torch.Tensor:
             stamps.append(now())
             return sources(*given)
 
-        train.guide_sources = stamped
-        train.train(config)
+        trainer.guide_sources = stamped
+        trainer.train(config)
     seconds = sorted(b - a for a, b in zip(stamps[2:], stamps[3:], strict=False))
     middle = seconds[len(seconds) // 2]
     with open("/proc/self/status", encoding="ascii") as file:

@@ -98,9 +98,10 @@ def find_pair(name: str, scratch: Path) -> Pair:
 
 def zero_adapter(root: Path, scratch: Path) -> Path:
     """An untrained steering for the pair in `root`: every delta is zero."""
-    from vllm_steer import checkpoint
-    from vllm_steer.config import SteeringConfig, read_model_config
-    from vllm_steer.steering import Steering
+    from vllm_steer.drafters.models import read_model_config
+    from vllm_steer.drafters.steered import checkpoint
+    from vllm_steer.drafters.steered.config import SteeringConfig
+    from vllm_steer.drafters.steered.module import Steering
 
     configs = (read_model_config(root / part) for part in ("target", "drafter"))
     settings = SteeringConfig.for_models(*configs, rank=ZERO_RANK)

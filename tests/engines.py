@@ -153,7 +153,7 @@ def _in_hugging_face(target: Path, steered: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vllm_steer import checkpoint
+    from vllm_steer.drafters.steered import checkpoint
 
     return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), checkpoint.load(steered)
 

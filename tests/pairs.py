@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig
-from vllm_steer.steering import Steering
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.drafters.steered.module import Steering
 
 HEAD_DIM = 32
 VOCAB = 128

@@ -12,7 +12,7 @@ import torch
 from engines import Runner
 from test_features import heldout
 
-from vllm_steer.serving.blocks import Blocks
+from vllm_steer.serving.telemetry.block_counter import Blocks
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
 K, BLOCK, LONGEST = 4, 32, 128

@@ -11,11 +11,11 @@ from pairs import DRAFTER, Size, tiny_model
 from test_train import folder, options  # noqa: F401  (a fixture)
 from torch import Tensor
 
-from vllm_steer import batches, train
-from vllm_steer.cache import StateCache
-from vllm_steer.config import SteeringError
-from vllm_steer.data import Row, collate
-from vllm_steer.pair import trunk_fits
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.data.dataset import Row, collate
+from vllm_steer.training import batches, trainer
+from vllm_steer.training.cache import StateCache
+from vllm_steer.training.pair import trunk_fits
 
 ROWS = [Row(tuple(range(1, n)), 2) for n in (7, 12, 4, 9, 5)]
 WIDTHS = {"states": 6, "final": 2}
@@ -93,13 +93,13 @@ def test_which_drafters_can_start_at_an_upper_layer(family: str, fits: bool) -> 
 def test_training_from_a_cache_is_training(folder: Path, tmp_path: Path, layers: tuple, monkeypatch) -> None:  # noqa: F811
     """Frozen drafter: with layer 0 unsteered its output is cached too, and the target never runs again."""
     run = dict(mode="steer", steered_layers=layers, steps=6)
-    plain = train.train(options(folder, tmp_path / "plain", **run))
-    cached = train.train(options(folder, tmp_path / "cached", **run, cache=str(tmp_path / "cache")))
+    plain = trainer.train(options(folder, tmp_path / "plain", **run))
+    cached = trainer.train(options(folder, tmp_path / "cached", **run, cache=str(tmp_path / "cache")))
     assert (tmp_path / "cache" / "trunk.bin").exists() == (layers == (1,))
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["rows"] == 24
     for name in ("overlap", "greedy"):  # bfloat16 states
         assert cached["trained"][name] == pytest.approx(plain["trained"][name], abs=0.02)
     assert plain["trained"]["overlap"] != plain["untrained"]["overlap"]
     monkeypatch.setattr(batches, "read_target", lambda *_: pytest.fail("the target ran again"))
-    again = train.train(options(folder, tmp_path / "again", **run, cache=str(tmp_path / "cache")))
+    again = trainer.train(options(folder, tmp_path / "again", **run, cache=str(tmp_path / "cache")))
     assert again == cached

@@ -10,9 +10,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from vllm_steer import card, cli
-from vllm_steer.config import SteeringError
-from vllm_steer.provenance import fingerprint
+from vllm_steer import cli
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.provenance import fingerprint
+from vllm_steer.ops import hub
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
 
@@ -40,7 +41,7 @@ def bench_of(directory: Path, path: Path) -> Path:
 
 
 def test_a_card_says_what_is_on_record(steered: Path) -> None:
-    text = card.card(steered, "me/steered")
+    text = hub.card(steered, "me/steered")
     config = json.loads((steered / "steering/config.json").read_text())
     assert 'vllm serve target --speculative-config \'{"model": "me/steered", "num_speculative_tokens": 5}\'' in text
     assert str(config["acceptance"]["trained"]["block_efficiency"]["sampled"]) in text
@@ -49,26 +50,26 @@ def test_a_card_says_what_is_on_record(steered: Path) -> None:
 
 
 def test_an_adapter_names_its_drafter(tmp_path: Path) -> None:
-    text = card.card(PAIR / "adapter", "me/adapter", license_name="apache-2.0")
+    text = hub.card(PAIR / "adapter", "me/adapter", license_name="apache-2.0")
     assert '"model": "drafter"' in text and '{"vllm_steer": {"adapter": "me/adapter"}}' in text
     assert text.startswith("---\n") and "\nlicense: apache-2.0\n---" in text
 
 
 def test_only_what_was_measured_of_this_checkpoint_is_claimed(steered: Path, tmp_path: Path) -> None:
-    text = card.card(steered, "me/steered", (str(bench_of(steered, tmp_path / "own")),))
+    text = hub.card(steered, "me/steered", (str(bench_of(steered, tmp_path / "own")),))
     assert "2.500 [2.250, 2.750]" in text and "Not measured in vLLM" not in text
     other = bench_of(PAIR / "adapter", tmp_path / "other")
     with pytest.raises(SteeringError, match="measured other steering weights"):
-        card.card(steered, "me/steered", (str(other),))
+        hub.card(steered, "me/steered", (str(other),))
     with pytest.raises(SteeringError, match="is not a benchmark's result"):
-        card.card(steered, "me/steered", (str(tmp_path / "nothing"),))
+        hub.card(steered, "me/steered", (str(tmp_path / "nothing"),))
 
 
 def test_a_checkpoint_without_figures_claims_none(steered: Path) -> None:
     path = steered / "steering/config.json"
     config = json.loads(path.read_text()) | {"acceptance": {}, "provenance": {}}
     path.write_text(json.dumps(config))
-    text = card.card(steered, "me/steered")
+    text = hub.card(steered, "me/steered")
     assert "Predicted" not in text and "Not measured" in text and "Not on record." in text
 
 
@@ -79,7 +80,7 @@ def test_push_uploads_the_directory_with_its_card(steered: Path, monkeypatch: An
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **k: calls.append(k) or "the commit")
     assert cli.main(["push", "--directory", str(steered), "--repo", "me/steered", "--private"]) == 0
     assert calls[0] == (("me/steered",), {"private": True, "exist_ok": True})
-    assert calls[1]["folder_path"] == steered and card.OURS in (steered / "README.md").read_text()
+    assert calls[1]["folder_path"] == steered and hub.OURS in (steered / "README.md").read_text()
     assert "the commit" in capsys.readouterr().out
 
 
@@ -109,5 +110,5 @@ def test_push_does_not_publish_what_a_link_leads_to(steered: Path, tmp_path: Pat
     (tmp_path / "key").write_text("secret")
     (copy / "notes").symlink_to(tmp_path / "key")
     with pytest.raises(SteeringError, match="notes is a link out of"):
-        card.push(card.PushConfig(str(copy), "me/steered"))
+        hub.push(hub.PushConfig(str(copy), "me/steered"))
     assert not calls

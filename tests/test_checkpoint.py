@@ -14,9 +14,9 @@ import torch
 from pairs import make_pair, random_steering, tiny_config
 from safetensors.torch import load_file, save_file
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringError
-from vllm_steer.steering import Steering
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.module import Steering
 
 TARGET = tiny_config("llama", num_hidden_layers=7)
 WEIGHTS, GOLDEN, CONFIG = "model.safetensors", "golden.safetensors", "config.json"

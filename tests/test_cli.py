@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from pairs import make_pair
 
-from vllm_steer import __version__, checkpoint, cli
+from vllm_steer import __version__, cli
+from vllm_steer.drafters.steered import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden/tiny_qwen3"
 
@@ -132,9 +133,9 @@ def test_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_is_handed_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_steer import train
+    from vllm_steer.training import trainer
 
     seen = {}
-    monkeypatch.setattr(train, "run", lambda args: seen.update(vars(args)))
+    monkeypatch.setattr(trainer, "run", lambda args: seen.update(vars(args)))
     assert cli.main(["train", "--target", "T", "--drafter", "D", "--data", "x.jsonl", "--output", "out"]) == 0
     assert (seen["target"], seen["output"]) == ("T", "out")

@@ -10,15 +10,9 @@ import pytest
 from pairs import tiny_config
 from transformers import AutoConfig
 
-from vllm_steer.config import (
-    SteeringConfig,
-    SteeringError,
-    check_pair,
-    default_target_layers,
-    drafter_shape,
-    read_model_config,
-    target_shape,
-)
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import drafter_shape, read_model_config, target_shape
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair, default_target_layers
 
 
 def raw(**changes: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from test_plan import engine_config
 from test_serve import OPTIONS, serve
 from workers import several
 
-from vllm_steer import checkpoint
+from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.serving.plan import KILL_SWITCH
 
 Pair = tuple[Path, Path, Path]
@@ -117,7 +117,7 @@ def test_tensor_parallel(pair: Pair, on: str, request: pytest.FixtureRequest) ->
 @pytest.mark.slow
 def test_the_switch_reaches_every_worker(pair: Pair, tensor: Runner) -> None:
     target, _, steered = pair
-    keys = {"tensor_parallel_size": 2, "worker_extension_cls": "vllm_steer.serving.switch.Switch"}
+    keys = {"tensor_parallel_size": 2, "worker_extension_cls": "vllm_steer.serving.scale.Switch"}
     result = run(tensor, target, steered, CALL | {"steer": {"after": 4, "scale": 0}}, **keys)
     assert sorted(result["switched"], key=lambda answer: answer["rank"]) == [{"rank": r, "scale": 0.0} for r in (0, 1)]
     one, other = result["workers"]

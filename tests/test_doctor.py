@@ -21,13 +21,16 @@ import pytest
 import torch
 from pairs import Size, change_config, save_tokenizer, tiny_model
 
-from vllm_steer import checkpoint, checks, cli, doctor
-from vllm_steer.checks import added_bytes
-from vllm_steer.config import SteeringConfig, read_model_config
-from vllm_steer.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
-from vllm_steer.server_checks import recorded_acceptance
-from vllm_steer.serving import seams, survey
-from vllm_steer.serving.model import Injection
+from vllm_steer import cli
+from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.ops.doctor import checks, run
+from vllm_steer.ops.doctor.checks import added_bytes
+from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
+from vllm_steer.ops.doctor.server import recorded_acceptance
+from vllm_steer.serving import introspection, patches
+from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import KILL_SWITCH, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +44,7 @@ RECORDED = 1.207  # accepted tokens per block of the steered tiny pair, greedy: 
 
 def examined(**given: Any) -> dict[str, Finding]:
     """Every finding by name."""
-    return {f.name: f for f in doctor.examine(Case(**given))}
+    return {f.name: f for f in run.examine(Case(**given))}
 
 
 def one(check: Callable[[Case], Any], case: Case | None = None) -> Finding:
@@ -80,7 +83,7 @@ def test_silent_on_a_good_pair(capsys: pytest.CaptureFixture[str], monkeypatch: 
         assert line.split(None, 1)[0] == finding["status"] and finding["name"] in line and finding["seen"] in line
     names = [f["name"] for f in told["findings"]]
     assert {"front end", "memory", "hidden states", "acceptance", "vocabulary"} <= set(names)
-    assert len(names) == len(set(names)) and sum(name.startswith("seam ") for name in names) == len(seams.SEAMS)
+    assert len(names) == len(set(names)) and sum(name.startswith("seam ") for name in names) == len(patches.SEAMS)
 
 
 def test_silent_on_a_good_adapter() -> None:
@@ -125,7 +128,7 @@ def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seams, "WORKS_WITH", "0.3")  # of which 0.32 is no release
+    monkeypatch.setattr(patches, "WORKS_WITH", "0.3")  # of which 0.32 is no release
     assert one(checks.vllm_version).status == FAIL
 
 
@@ -152,13 +155,13 @@ def test_kill_switch_warns_and_the_pair_is_still_looked_at(
 
 
 def test_missing_seams(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(place: int) -> seams.Seam:
-        return dataclasses.replace(seams.SEAMS[place], module=f"vllm.no_such_module_{place}")
+    def gone(place: int) -> patches.Seam:
+        return dataclasses.replace(patches.SEAMS[place], module=f"vllm.no_such_module_{place}")
 
     by_runner = {"V1 proposer": gone(1), "V2 speculator": gone(2), "a repair": gone(4)}
     assert [s.runner for s in by_runner.values()] == ["v1", "v2", "v1"] and not by_runner["a repair"].required
-    moved = dataclasses.replace(seams.SEAMS[0], name="VllmConfig.no_such_method")
-    monkeypatch.setattr(seams, "SEAMS", (*by_runner.values(), moved))
+    moved = dataclasses.replace(patches.SEAMS[0], name="VllmConfig.no_such_method")
+    monkeypatch.setattr(patches, "SEAMS", (*by_runner.values(), moved))
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     assert [f.status for f in checks.seam_places(Case())] == [FAIL, SKIPPED, WARNING, FAIL]
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -298,7 +301,7 @@ def test_memory_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(config=CONFIG, engine=engine, max_num_seqs=16)
     assert one(checks.memory, case).status == OK
     for total, status in ((2**30, OK), (2**20, WARNING)):
-        monkeypatch.setattr(survey, "device_memory", lambda n=total: n)
+        monkeypatch.setattr(introspection, "device_memory", lambda n=total: n)
         found = one(checks.memory, case)
         assert found.status == status and "of the device" in found.seen
 
@@ -358,7 +361,7 @@ def live(text: str, config: SteeringConfig | None = CONFIG, **keys: Any) -> dict
     with server(text, **keys) as url:
         case = Case(url=url, config=config)
         names = ("server", "steering", "acceptance")
-        return {f.name: f for name, check, _ in doctor.all_checks() if name in names for f in check(case)}
+        return {f.name: f for name, check, _ in run.all_checks() if name in names for f in check(case)}
 
 
 def test_no_server_and_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,7 +431,7 @@ def test_a_real_server(tmp_path: Path) -> None:
 
     prompts = [json.loads(line)["prompt"] for line in (PAIR / "heldout.jsonl").read_text().splitlines()[:4]]
     options = ("--dtype", "float32", "--max-model-len", "512", "--gpu-memory-utilization", "0.3", "--enforce-eager")
-    options += ("--worker-extension-cls", "vllm_steer.serving.switch.Switch")
+    options += ("--worker-extension-cls", "vllm_steer.serving.scale.Switch")
     spec, env = {"model": STEERED, "num_speculative_tokens": 5}, {"VLLM_SERVER_DEV_MODE": "1"}
     with serve(PAIR / "target", tmp_path / "log", *options, speculative=spec, env=env, timeout=300) as running:
         client = OpenAI(base_url=running.url + "/v1", api_key="none", timeout=120)

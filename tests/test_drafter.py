@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 from transformers.activations import ACT2FN
 
-from vllm_steer import drafter
-from vllm_steer.config import SteeringError
-from vllm_steer.drafter import attach, decoder_layers
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered import hf
+from vllm_steer.drafters.steered.hf import attach, decoder_layers
 
 IDS = torch.arange(24).view(2, 12) * 5 % 128
 BOTH = (0, 1)
@@ -140,7 +140,7 @@ def test_other_families_are_refused(config) -> None:
 
 
 def test_families_are_those_tested() -> None:
-    assert sorted(drafter.FAMILIES.split(", ")) == sorted(FAMILIES)
+    assert sorted(hf.FAMILIES.split(", ")) == sorted(FAMILIES)
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (-1,)])

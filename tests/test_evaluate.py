@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from engines import ENV, runner_env
 
-from vllm_steer import cli, counting, endpoint, evaluate
-from vllm_steer.config import SteeringError
-from vllm_steer.contender import Contender
-from vllm_steer.counting import Answer, count
-from vllm_steer.evaluate import BenchConfig
+from vllm_steer import cli
+from vllm_steer.bench import block_counting, remote, run
+from vllm_steer.bench.block_counting import Answer, count
+from vllm_steer.bench.candidate import Contender
+from vllm_steer.bench.run import BenchConfig
+from vllm_steer.common.errors import SteeringError
 
 ROOT = Path(__file__).parents[1]
 PAIR = ROOT / "examples" / "tiny_pair"
@@ -42,13 +43,13 @@ def counted(steps: list[int], accepted: list[int], max_tokens: int = 100, stoppe
 def test_the_first_token_is_no_block() -> None:
     answer = counted([1, 3, 1, 4], [2, 0, 3])
     assert answer.blocks == (3, 1, 4)
-    assert counting.efficiency([answer]) == 8 / 3
-    assert counting.per_position([answer], K) == [2 / 3, 2 / 3, 1 / 3]
+    assert block_counting.efficiency([answer]) == 8 / 3
+    assert block_counting.per_position([answer], K) == [2 / 3, 2 / 3, 1 / 3]
 
 
 def test_a_block_the_limit_cuts_is_left_out() -> None:
     # 6 tokens asked for: 10 delivered. The last step was cut to 2 of 4; it starts at 8, after the sixth token.
-    assert counting.tokens_to_ask(6, K) == 10
+    assert block_counting.tokens_to_ask(6, K) == 10
     answer = counted([1, 2, 1, 4, 2], [1, 0, 3, 3], max_tokens=6)
     assert answer.blocks == (2, 1, 4), "the block that starts before the limit counts whole"
     assert not answer.stopped_on_draft
@@ -61,49 +62,49 @@ def test_no_truncation_bias() -> None:
     rng, ours, naive = random.Random(0), [], [0, 0]
     for _ in range(4000):
         steps, accepted = [1], []
-        while sum(steps) < counting.tokens_to_ask(8, K):
+        while sum(steps) < block_counting.tokens_to_ask(8, K):
             accepted.append(next((n for n in range(K) if rng.random() > 0.8), K))
             steps.append(accepted[-1] + 1)
-        steps[-1] -= max(0, sum(steps) - counting.tokens_to_ask(8, K))  # the engine cuts
+        steps[-1] -= max(0, sum(steps) - block_counting.tokens_to_ask(8, K))  # the engine cuts
         ours.append(counted(steps, accepted, max_tokens=8))
         cut = np.minimum(np.cumsum(steps), 8)  # what counting delivered tokens up to the limit would give
         naive[0] += cut[-1] - 1
         naive[1] += int((np.diff(cut) > 0).sum())
     true = 1 + 0.8 + 0.64 + 0.512
-    assert counting.efficiency(ours) == pytest.approx(true, abs=0.03)
+    assert block_counting.efficiency(ours) == pytest.approx(true, abs=0.03)
     assert naive[0] / naive[1] < true - 0.2
-    assert counting.per_position(ours, K) == pytest.approx([0.8, 0.64, 0.512], abs=0.01)
+    assert block_counting.per_position(ours, K) == pytest.approx([0.8, 0.64, 0.512], abs=0.01)
 
 
 def test_a_stop_inside_a_block() -> None:
     # The second draft was the stop token: vLLM accepted all three, two were delivered, the third is no rejection.
     on_draft = counted([1, 4, 2], [3, 3], stopped=True)
     assert on_draft == Answer("p", None, (4, 2), stopped_on_draft=True)
-    assert counting.efficiency([on_draft]) == 3
-    assert counting.per_position([on_draft], K) == [1, 1, 1]
+    assert block_counting.efficiency([on_draft]) == 3
+    assert block_counting.per_position([on_draft], K) == [1, 1, 1]
     # The target put the stop token in the place of the second draft: that one was rejected, and so the third.
     by_target = counted([1, 4, 2], [3, 1], stopped=True)
     assert by_target == Answer("p", None, (4, 2), stopped_on_draft=False)
-    assert counting.per_position([by_target], K) == [1, 0.5, 0.5]
+    assert block_counting.per_position([by_target], K) == [1, 0.5, 0.5]
     # The stop token was the bonus token: all drafts accepted.
-    assert counting.per_position([counted([1, 4], [3], stopped=True)], K) == [1, 1, 1]
+    assert block_counting.per_position([counted([1, 4], [3], stopped=True)], K) == [1, 1, 1]
     # The first draft was the stop token: nobody can tell about the others.
-    assert counting.per_position([counted([1, 1], [2], stopped=True)], K) == [1, None, None]
+    assert block_counting.per_position([counted([1, 1], [2], stopped=True)], K) == [1, None, None]
     # It stopped in a block that is not counted any more.
     assert counted([1, 4, 1], [3, 3], max_tokens=5, stopped=True) == Answer("p", None, (4,), stopped_on_draft=False)
 
 
 def test_a_sequence_without_a_block_counts_as_none() -> None:
     empty = counted([1], [], stopped=True)
-    assert empty.blocks == () and counting.efficiency([empty]) is None
-    assert counting.per_position([empty], K) == [None] * K
+    assert empty.blocks == () and block_counting.efficiency([empty]) is None
+    assert block_counting.per_position([empty], K) == [None] * K
     other = counted([1, 2, 1], [1, 0])
-    assert counting.efficiency([empty, other]) == counting.efficiency([other]) == 1.5
+    assert block_counting.efficiency([empty, other]) == block_counting.efficiency([other]) == 1.5
 
 
 def test_without_speculation_every_step_is_one_token() -> None:
     answer = count("p", None, [1, 1, 1, 1], max_tokens=3, k=0)
-    assert answer.blocks == (1, 1) and counting.per_position([answer], 0) == []
+    assert answer.blocks == (1, 1) and block_counting.per_position([answer], 0) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_record_and_back() -> None:
 
 def test_two_prompts_by_hand() -> None:
     """6 tokens in 2 blocks and 2 in 2: a sample of two prompts gives 3, 2 or 1, the ends a quarter of the time each."""
-    rows, pairs = counting.summarise({"a": [Answer("1", None, (3, 3)), Answer("2", None, (1, 1))]}, {"a": K})
+    rows, pairs = block_counting.summarise({"a": [Answer("1", None, (3, 3)), Answer("2", None, (1, 1))]}, {"a": K})
     assert rows[0]["tokens_per_block"] == 2 and rows[0]["interval_95"] == [1, 3] and pairs == []
 
 
@@ -142,7 +143,7 @@ def test_pairing() -> None:
     sizes = [1, 2, 3] * 4
     a = [Answer(str(i), None, (n, n)) for i, n in enumerate(sizes)]
     b = [Answer(str(i), None, (n + 1, n + 1)) for i, n in enumerate(sizes)]
-    rows, pairs = counting.summarise({"none": a, "a": a, "b": b}, {"none": 0, "a": K, "b": K})
+    rows, pairs = block_counting.summarise({"none": a, "a": a, "b": b}, {"none": 0, "a": K, "b": K})
     low, high = rows[1]["interval_95"]
     assert low < 1.7 and high > 2.3
     assert [(pair["name"], pair["minus"]) for pair in pairs] == [("b", "a")]
@@ -158,8 +159,8 @@ def test_intervals_are_scipys() -> None:
         name: [Answer(str(i), None, tuple(rng.randint(1, top) for _ in range(rng.randint(1, 30)))) for i in range(40)]
         for name, top in (("a", 4), ("b", 5))
     }
-    rows, pairs = counting.summarise(answers, {"a": K, "b": K})
-    a, b = (counting.table(answers[name]).T for name in "ab")
+    rows, pairs = block_counting.summarise(answers, {"a": K, "b": K})
+    a, b = (block_counting.table(answers[name]).T for name in "ab")
 
     def ratio(t: np.ndarray, n: np.ndarray, axis: int) -> np.ndarray:
         return t.sum(axis) / n.sum(axis)
@@ -176,9 +177,9 @@ def test_intervals_are_scipys() -> None:
 
 def test_too_few_to_tell() -> None:
     one, empty = Answer("1", None, (3, 2)), Answer("2", None, ())
-    assert counting.summarise({"a": [one]}, {"a": K})[0][0]["interval_95"] is None
+    assert block_counting.summarise({"a": [one]}, {"a": K})[0][0]["interval_95"] is None
     swapped = [Answer("1", None, ()), Answer("2", None, (3, 2))]
-    rows, pairs = counting.summarise({"a": [one, empty], "b": swapped}, {"a": K, "b": K})
+    rows, pairs = block_counting.summarise({"a": [one, empty], "b": swapped}, {"a": K, "b": K})
     assert rows[0]["interval_95"] is None, "a quarter of the samples has no block"
     assert pairs[0]["difference_95"] is None and pairs[0]["difference"] == 0
 
@@ -269,7 +270,7 @@ def bench_config(tmp_path: Path, **change: Any) -> BenchConfig:
 def test_refused_before_any_engine_starts(tmp_path: Path, change: dict[str, Any], why: str) -> None:
     config = bench_config(tmp_path)
     with pytest.raises(SteeringError, match=why):
-        evaluate.bench(BenchConfig(**vars(config) | change))
+        run.bench(BenchConfig(**vars(config) | change))
     assert not Path(config.output).exists()
 
 
@@ -277,10 +278,10 @@ def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
     with pytest.raises(SteeringError, match="exists and is not empty"):
-        evaluate.bench(bench_config(tmp_path))
+        run.bench(bench_config(tmp_path))
     (tmp_path / "out" / "results.json").write_text('{"settings": {}}')
     with pytest.raises(SteeringError, match="not of a benchmark"):
-        evaluate.bench(bench_config(tmp_path, resume=True))
+        run.bench(bench_config(tmp_path, resume=True))
 
 
 # --- the real command -----------------------------------------------------------------------------------------------
@@ -378,12 +379,12 @@ def test_blocks_are_those_of_the_engine(target: Path, prompts: Path, measured: t
     """Block sizes as counted, as recorded from the drafter's own proposals, and as vLLM's counters sum them up."""
     from transformers import AutoTokenizer
 
-    from vllm_steer.prompts import encode_prompt, read_prompts
+    from vllm_steer.data.prompts import encode_prompt, read_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     ids = [encode_prompt(tokenizer, p.prompt) for p in read_prompts(str(prompts))[:PROMPTS]]
     spec = {"model": str(PAIR / "steered"), "num_speculative_tokens": DRAFTS, "draft_sample_method": "probabilistic"}
-    sampling = {"max_tokens": counting.tokens_to_ask(MAX_TOKENS, DRAFTS), "ignore_eos": False}
+    sampling = {"max_tokens": block_counting.tokens_to_ask(MAX_TOKENS, DRAFTS), "ignore_eos": False}
     out = runners("v1").run(target, spec, [{"prompts": ids, "sampling": sampling}], **ENGINE, max_num_seqs=4)
     assert out["error"] is None, out["log"][-4000:]
     want = recorded(out["calls"][0], ids)
@@ -409,7 +410,7 @@ def test_results(measured: tuple[Path, str]) -> None:
         assert none["tokens_per_block"] == 1 and none["drafting_share"] is None
         for row in (plain, steered):
             answers = answers_of(output, row["name"], results["summary"].index(part))
-            assert row["tokens_per_block"] == counting.efficiency(answers) > 1
+            assert row["tokens_per_block"] == block_counting.efficiency(answers) > 1
             assert row["interval_95"][0] < row["tokens_per_block"] < row["interval_95"][1]
             assert 0 < row["drafting_share"] < 1 and row["tokens_per_second"] > 0
             assert len(row["accepted_at"]) == DRAFTS and row["accepted_at"] == sorted(row["accepted_at"], reverse=True)
@@ -447,11 +448,11 @@ def test_resuming_with_nothing_left_and_with_other_settings(measured: tuple[Path
     same = {key: settings[key] for key in ("target", "prompts", "k", "max_tokens", "batch", "max_model_len", "seed")}
     drafters = (f"plain={PAIR / 'drafter'}", f"steered={PAIR / 'steered'}")
     config = BenchConfig(**same, drafters=drafters, output=str(output), engine=json.dumps(ENGINE), resume=True)
-    again = evaluate.bench(config)
+    again = run.bench(config)
     assert again["summary"] == before["summary"] and [c["name"] for c in again["contenders"]][0] == "none"
     for key, value in (("seed", 7), ("k", 4), ("temperature", (0.0,))):
         with pytest.raises(SteeringError, match=f"was measured with {key} "):
-            evaluate.bench(dataclasses.replace(config, **{key: value}))
+            run.bench(dataclasses.replace(config, **{key: value}))
 
 
 @pytest.mark.slow
@@ -527,7 +528,7 @@ def metrics_page() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def test_counters_of_a_server(metrics_page: tuple[str, dict[str, str]]) -> None:
-    found = endpoint.counters(metrics_page[0])
+    found = remote.counters(metrics_page[0])
     assert found == {"drafts": 12, "drafted": 24, "accepted": 13, "per_position": [9, 4]}
 
 

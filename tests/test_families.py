@@ -10,8 +10,8 @@ import torch
 from pairs import DRAFTER, TARGET, random_prompt, random_steering, save_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from vllm_steer import checkpoint
-from vllm_steer.generate import generate
+from vllm_steer.decoding.chain import generate
+from vllm_steer.drafters.steered import checkpoint
 
 # Llama, Qwen2, Qwen3, Granite: test_parity.py. OLMo2, SmolLM3 and GLM-4 come through vLLM's Transformers backend.
 FIT = ("mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "glm4")

@@ -15,8 +15,8 @@ from pairs import make_pair, random_prompt
 from test_serve import OPTIONS, serve
 from transformers import AutoModelForCausalLM
 
-from vllm_steer import checkpoint
-from vllm_steer.generate import Generation, generate
+from vllm_steer.decoding.chain import Generation, generate
+from vllm_steer.drafters.steered import checkpoint
 
 pytestmark = pytest.mark.slow
 

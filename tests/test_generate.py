@@ -10,10 +10,10 @@ from pairs import PAIR_FAMILIES, Size, random_prompt, random_steering, tiny_pair
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from vllm_steer.config import SteeringError
-from vllm_steer.drafter import attach
-from vllm_steer.generate import Block, _Chooser, _fit, block_efficiency, generate
-from vllm_steer.steering import Steering
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.decoding.chain import Block, _Chooser, _fit, block_efficiency, generate
+from vllm_steer.drafters.steered.hf import attach
+from vllm_steer.drafters.steered.module import Steering
 
 K = 4
 NEW = 48

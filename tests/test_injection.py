@@ -13,9 +13,9 @@ from engines import TRITON
 from pairs import make_pair
 from torch import nn
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringError
-from vllm_steer.serving.model import Injection, SteeredActivation, gated_mlps
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.serving.injection import Injection, SteeredActivation, gated_mlps
 from vllm_steer.serving.plan import Plan
 
 K = 3
@@ -170,8 +170,8 @@ sys.path[:0] = sys.argv[1:]
 from engines import pretend_triton_has_a_cpu_backend
 pretend_triton_has_a_cpu_backend(sys.argv[1])
 import torch
-from vllm_steer.serving import model  # registers the op
-from vllm_steer.serving.kernel import inject
+from vllm_steer.serving import injection  # registers the op
+from vllm_steer.serving.kernels import inject
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float16):
     deltas = torch.randn(5, 3, 70).to(dtype); deltas[0] = 0

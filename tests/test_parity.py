@@ -16,8 +16,8 @@ from engines import assert_own_guides, assert_steered
 from pairs import make_pair, random_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_steer import checkpoint
-from vllm_steer.generate import Generation, generate
+from vllm_steer.decoding.chain import Generation, generate
+from vllm_steer.drafters.steered import checkpoint
 
 K = 4
 NEW = 48

@@ -19,7 +19,7 @@ from typing import Any
 import engines
 import pytest
 
-from vllm_steer.serving import seams
+from vllm_steer.serving import patches as seams
 
 PATCHES = Path(__file__).parents[1] / "patches"
 FILES = sorted(PATCHES.glob("*.patch"))
@@ -145,7 +145,8 @@ for tree in sys.argv[1:]:
     if os.fork() == 0:
         sys.path.insert(0, tree)
         import vllm.v1.worker.gpu_model_runner, vllm.v1.worker.gpu.model_runner
-        from vllm_steer.serving import register, seams
+        from vllm_steer.serving import register
+        from vllm_steer.serving import patches as seams
         assert os.path.dirname(os.path.dirname(vllm.__file__)) == tree, vllm.__file__
         assert set(seams.ways().values()) <= {"not imported", "replaced", "upstream"}, seams.ways()
         register()

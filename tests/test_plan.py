@@ -12,9 +12,9 @@ from pairs import DRAFTER, Size, make_pair, tiny_model
 from safetensors.torch import save_file
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringError
-from vllm_steer.serving import plan, register, seams
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.serving import patches, plan, register
 from vllm_steer.serving.plan import KILL_SWITCH, LAYER_IDS, Plan
 
 
@@ -222,11 +222,11 @@ def test_seams_can_be_undone_and_applied_again() -> None:
 
     register()
     steered = runner.DraftModelProposer
-    seams.undo()
+    patches.undo()
     try:
         assert runner.DraftModelProposer is steered.__mro__[1]
     finally:
-        seams.install()
+        patches.install()
     assert runner.DraftModelProposer is steered
 
 
@@ -237,7 +237,7 @@ def test_a_missing_seam_refuses_steered_drafters_only(
 
     target, plain, steered = pair
     register()
-    seams.undo()
+    patches.undo()
     original = runner.DraftModelProposer
     try:
         monkeypatch.delattr(runner, "DraftModelProposer")
@@ -250,12 +250,12 @@ def test_a_missing_seam_refuses_steered_drafters_only(
     finally:
         monkeypatch.undo()
         assert runner.DraftModelProposer is original
-        seams.undo()
-        seams.install()
+        patches.undo()
+        patches.install()
 
 
 def test_every_seam_says_why_and_until_when() -> None:
-    for seam in seams.SEAMS:
+    for seam in patches.SEAMS:
         assert seam.why and seam.remove_when
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_steer import prompts
-from vllm_steer.config import SteeringError
-from vllm_steer.prompts import Prompt, encode_prompt, read_prompts
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.data import prompts
+from vllm_steer.data.prompts import Prompt, encode_prompt, read_prompts
 
 TARGET = Path(__file__).parent.parent / "examples/tiny_pair/target"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]

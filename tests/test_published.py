@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringError
-from vllm_steer.drafter import attach
-from vllm_steer.published import import_published
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.hf import attach
+from vllm_steer.drafters.steered.import_sd2 import import_published
 
 GOLDEN = Path(__file__).parent / "golden/tiny_qwen3"
 DRAFTER, TARGET = GOLDEN / "base_drafter", GOLDEN / "verifier"

@@ -13,9 +13,10 @@ import pytest
 from engines import Runner
 from transformers import AutoTokenizer
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig, read_model_config
-from vllm_steer.steering import Steering
+from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.drafters.steered.module import Steering
 
 pytestmark = pytest.mark.real_pair
 

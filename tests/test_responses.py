@@ -24,12 +24,13 @@ import pytest
 from engines import ENV, runner_env
 from transformers import AutoTokenizer
 
-from vllm_steer import options, responses
-from vllm_steer.config import SteeringError
-from vllm_steer.prompts import read_prompts
-from vllm_steer.provenance import fingerprint
-from vllm_steer.response_file import ResponseFile, meta_path
-from vllm_steer.responses import GenerateConfig, generate, response_seed
+from vllm_steer.common import options
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.provenance import fingerprint
+from vllm_steer.data import generate as responses
+from vllm_steer.data.generate import GenerateConfig, generate, response_seed
+from vllm_steer.data.prompts import read_prompts
+from vllm_steer.data.response_file import ResponseFile, meta_path
 
 PAIR = Path(__file__).parent.parent / "examples/tiny_pair"
 ENDS = {0, 199, 260}  # the end of a text and two kinds of newline: with these, responses end in both ways
@@ -375,7 +376,7 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     with ResponseFile(path, resume=False) as file:
         file.append(row("a"))
-        code = f"from vllm_steer.response_file import ResponseFile; ResponseFile({str(path)!r}, resume=True)"
+        code = f"from vllm_steer.data.response_file import ResponseFile; ResponseFile({str(path)!r}, resume=True)"
         assert "is being written by another process" in in_another_process(code).stderr
         file.append(row("b"))
     assert in_another_process(code).returncode == 0
@@ -385,7 +386,7 @@ def test_a_full_disk_is_told_and_costs_one_row(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     code = f"""
 import resource
-from vllm_steer.response_file import ResponseFile
+from vllm_steer.data.response_file import ResponseFile
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with ResponseFile({str(path)!r}, resume=False) as file:
     for i in range(100):

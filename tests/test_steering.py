@@ -7,7 +7,7 @@ import torch
 from pairs import random_steering, tiny_config
 from torch import Tensor
 
-from vllm_steer.steering import Steering
+from vllm_steer.drafters.steered.module import Steering
 
 H, L, F = 128, 2, 96
 RANKS = pytest.mark.parametrize("rank", [None, 5])

@@ -12,12 +12,12 @@ from engines import Runner, assert_steered
 from pairs import make_pair, random_prompt
 from test_serve import ENV, OPTIONS, PAIR, serve
 
-from vllm_steer.serving.switch import Switch
+from vllm_steer.serving.scale import Switch
 
 RUNNERS = pytest.mark.parametrize("runner", ["v1", "v2"])
 K, NEW, AFTER = 4, 24, 6
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 12, 9)]
-EXTENSION = "vllm_steer.serving.switch.Switch"
+EXTENSION = "vllm_steer.serving.scale.Switch"
 
 
 @pytest.fixture(scope="module")

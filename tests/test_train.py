@@ -19,25 +19,19 @@ from pairs import Size, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from vllm_steer import checkpoint, losses, train
-from vllm_steer.batches import read_data
-from vllm_steer.config import SteeringConfig, SteeringError
-from vllm_steer.data import Row, collate, read_rows, split_rows
-from vllm_steer.generate import generate
-from vllm_steer.pair import (
-    Head,
-    Pair,
-    fixed_sources,
-    guide_sources,
-    lazy_deltas,
-    measure_directory,
-    response_mask,
-    walk,
-)
-from vllm_steer.provenance import fingerprint
-from vllm_steer.response_file import meta_path
-from vllm_steer.steering import Steering
-from vllm_steer.train import TrainConfig
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.provenance import fingerprint
+from vllm_steer.data.dataset import Row, collate, read_rows, split_rows
+from vllm_steer.data.response_file import meta_path
+from vllm_steer.decoding.chain import generate
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.training import losses, trainer
+from vllm_steer.training.acceptance import fixed_sources, measure_directory, walk
+from vllm_steer.training.batches import read_data
+from vllm_steer.training.pair import Head, Pair, guide_sources, lazy_deltas, response_mask
+from vllm_steer.training.trainer import TrainConfig
 
 VOCAB = 40
 ROOT = Path(__file__).parent.parent
@@ -236,16 +230,16 @@ def test_distances_of_every_rule(rule: str) -> None:
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", list(train.MODES))
+@pytest.mark.parametrize("mode", list(trainer.MODES))
 def test_a_mode_changes_what_it_names_and_nothing_else(folder: Path, tmp_path: Path, mode: str, monkeypatch) -> None:
-    seen, save = {}, train._save
+    seen, save = {}, trainer._save
 
     def spy(config, pair, *rest):
         save(config, pair, *rest)
         seen["drafter"] = pair.drafter.state_dict()
 
-    monkeypatch.setattr(train, "_save", spy)
-    train.train(options(folder, tmp_path / "out", mode=mode))
+    monkeypatch.setattr(trainer, "_save", spy)
+    trainer.train(options(folder, tmp_path / "out", mode=mode))
     plain = weights(folder / "drafter")
     same = [torch.equal(plain[name], tensor) for name, tensor in seen["drafter"].items()]
     assert all(same) if mode == "steer" else not any(same)
@@ -262,7 +256,7 @@ def test_a_mode_changes_what_it_names_and_nothing_else(folder: Path, tmp_path: P
 
 
 def test_no_steps_give_the_plain_drafter(folder: Path, tmp_path: Path) -> None:
-    acceptance = train.train(options(folder, tmp_path / "out", steps=0))
+    acceptance = trainer.train(options(folder, tmp_path / "out", steps=0))
     steering = checkpoint.load(tmp_path / "out")
     assert not steering(torch.randn(5, 3 * 64)).any()
     assert acceptance["trained"] == acceptance["untrained"] == steering.config.acceptance["trained"]
@@ -271,7 +265,7 @@ def test_no_steps_give_the_plain_drafter(folder: Path, tmp_path: Path) -> None:
 
 
 def test_training_accepts_more_and_records_how(folder: Path, tmp_path: Path) -> None:
-    acceptance = train.train(options(folder, tmp_path / "out", steps=40))
+    acceptance = trainer.train(options(folder, tmp_path / "out", steps=40))
     trained, untrained = acceptance["trained"], acceptance["untrained"]
     assert min(trained["overlap"]) > max(untrained["overlap"]) + 0.02
     assert len(trained["greedy"]) == 3 and trained["positions"] == 14
@@ -283,14 +277,14 @@ def test_training_accepts_more_and_records_how(folder: Path, tmp_path: Path) -> 
 
 def test_a_control_stands_beside_what_is_trained(folder: Path, tmp_path: Path) -> None:
     """The distilled drafter of the same data, also when only upper layers are steered from a cached trunk."""
-    distilled = train.train(options(folder, tmp_path / "distilled", mode="distill"))
+    distilled = trainer.train(options(folder, tmp_path / "distilled", mode="distill"))
     given = dict(mode="steer", steered_layers=(1,), cache=str(tmp_path / "cache"), control=str(tmp_path / "distilled"))
-    found = train.train(options(folder, tmp_path / "adapter", **given))
+    found = trainer.train(options(folder, tmp_path / "adapter", **given))
     assert found["control"] == {"drafter": "distilled"} | distilled["trained"]
     assert distilled["trained"]["overlap"] != found["untrained"]["overlap"] == distilled["untrained"]["overlap"]
     assert json.loads((tmp_path / "adapter/acceptance.json").read_text()) == found
     with pytest.raises(SteeringError, match="nowhere"):
-        train.train(options(folder, tmp_path / "other", control=str(tmp_path / "nowhere")))
+        trainer.train(options(folder, tmp_path / "other", control=str(tmp_path / "nowhere")))
 
 
 def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> None:
@@ -300,7 +294,7 @@ def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> Non
         model.save_pretrained(tmp_path / name)
         AutoTokenizer.from_pretrained(folder / name).save_pretrained(tmp_path / name)
     (tmp_path / "data.jsonl").write_bytes((folder / "data.jsonl").read_bytes())
-    trained = train.train(options(tmp_path, tmp_path / "adapter", mode="steer", lr=0.1, steps=5))["trained"]
+    trained = trainer.train(options(tmp_path, tmp_path / "adapter", mode="steer", lr=0.1, steps=5))["trained"]
     merged = checkpoint.merge_adapter(tmp_path / "adapter", tmp_path / "drafter", tmp_path / "full")
     (tmp_path / "held.jsonl").write_text((folder / "data.jsonl").read_text().splitlines()[-1])
     assert measure_directory(tmp_path / "target", merged, merged, tmp_path / "held.jsonl", 3) == trained
@@ -343,7 +337,7 @@ def test_responses_shorter_than_a_block_are_refused(folder: Path, tmp_path: Path
     rows = [{"prompt_ids": [1, 2, 3, 4, 5, 6], "response_ids": [1, 2]}] * 4
     (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SteeringError, match="no held-out response has 3 tokens"):
-        train.train(options(folder, tmp_path / "out", data=(str(tmp_path / "short.jsonl"),)))
+        trainer.train(options(folder, tmp_path / "out", data=(str(tmp_path / "short.jsonl"),)))
 
 
 @pytest.mark.parametrize("torn", [False, True])
@@ -351,7 +345,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     folder: Path, tmp_path: Path, torn: bool, monkeypatch
 ) -> None:
     run = dict(steps=6, save_every=2)
-    train.train(options(folder, tmp_path / "whole", **run))
+    trainer.train(options(folder, tmp_path / "whole", **run))
     calls, distance = [], losses.LOSSES["jsd"]
 
     def stopping(*logits):
@@ -366,11 +360,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         (newest / "optimizer.pt").write_bytes(b"torn")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(train.LOSSES, "jsd", stopping)
-        train.train(options(folder, tmp_path / "parts", **run))
+        patch.setitem(trainer.LOSSES, "jsd", stopping)
+        trainer.train(options(folder, tmp_path / "parts", **run))
     if torn:
         kill_amid_a_save()
-    train.train(options(folder, tmp_path / "parts", resume=True, **run))
+    trainer.train(options(folder, tmp_path / "parts", resume=True, **run))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     states = torch.randn(4, 3 * 64)
@@ -387,11 +381,11 @@ def same_weights(one: Path, other: Path, **tolerance: float) -> None:
 
 def test_accumulated_and_checkpointed_steps_are_ordinary_steps(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """One offset for all rows, so that two halves of a batch make the same gradient as the whole."""
-    monkeypatch.setattr(train, "guide_sources", lambda rule, prompts, length, *_: fixed_sources(prompts, length, 2))
+    monkeypatch.setattr(trainer, "guide_sources", lambda rule, prompts, length, *_: fixed_sources(prompts, length, 2))
     run = dict(steps=3, lr=1e-3, drafter_lr=1e-3)
-    train.train(options(folder, tmp_path / "whole", **run))
-    train.train(options(folder, tmp_path / "halves", **run, batch_size=2, accumulate=2))
-    train.train(options(folder, tmp_path / "again", **run, gradient_checkpointing=True))
+    trainer.train(options(folder, tmp_path / "whole", **run))
+    trainer.train(options(folder, tmp_path / "halves", **run, batch_size=2, accumulate=2))
+    trainer.train(options(folder, tmp_path / "again", **run, gradient_checkpointing=True))
     same_weights(tmp_path / "whole", tmp_path / "halves", atol=2e-4, rtol=1e-3)
     same_weights(tmp_path / "whole", tmp_path / "again", atol=1e-5, rtol=1e-4)
 
@@ -405,9 +399,9 @@ def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, k
         value = next(efficiency)
         return {"overlap": [value], "greedy": [value], "block_efficiency": {"sampled": value, "greedy": value}}
 
-    seen, saved = {}, train._save
-    monkeypatch.setattr(train, "_judge", judged)
-    monkeypatch.setattr(train, "_save", lambda c, pair, *r: (seen.update(pair.state_dict()), saved(c, pair, *r)))
+    seen, saved = {}, trainer._save
+    monkeypatch.setattr(trainer, "_judge", judged)
+    monkeypatch.setattr(trainer, "_save", lambda c, pair, *r: (seen.update(pair.state_dict()), saved(c, pair, *r)))
     snapshots = {}
     step = torch.optim.AdamW.step
 
@@ -417,7 +411,7 @@ def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, k
         return out
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    train.train(options(folder, tmp_path / "out", mode="steer", steps=4, save_every=2, keep=keep))
+    trainer.train(options(folder, tmp_path / "out", mode="steer", steps=4, save_every=2, keep=keep))
     expected = snapshots[2 if keep == "best" else 4]
     assert len(seen) == len(expected)
     for found, want in zip(sorted(seen.values(), key=str), sorted(expected, key=str), strict=True):
@@ -452,7 +446,7 @@ def test_ray_workers_train_one_model(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "overlap" in done.stdout and not (tmp_path / "ray" / "checkpoints").exists()
-    train.train(options(folder, tmp_path / "one", **common))
+    trainer.train(options(folder, tmp_path / "one", **common))
     same_weights(tmp_path / "one", tmp_path / "ray", atol=2e-4, rtol=1e-3)
 
 
@@ -467,10 +461,10 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
         value = value if isinstance(value, tuple) else (value,)
         words += ["--" + name.replace("_", "-"), *map(str, value)]
     parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
+    trainer.add_arguments(parser)
     args = parser.parse_args(words)
     assert not args.resume and not args.ray and set(vars(args)) == {f.name for f in dataclasses.fields(TrainConfig)}
-    train.run(args)
+    trainer.run(args)
     assert "overlap" in capsys.readouterr().out
     config = checkpoint.load(tmp_path / "out").config
     assert (config.rank, config.steered_layers, config.target_layer_ids, config.draft_length) == (4, (1,), (0, 1, 2), 2)
@@ -528,7 +522,7 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "w1 w2"}\n' + line + "\n")
     with pytest.raises(SteeringError, match=complaint):
-        train.train(options(folder, tmp_path / "out", data=(str(data),)))
+        trainer.train(options(folder, tmp_path / "out", data=(str(data),)))
     assert not (tmp_path / "out").exists()
 
 
@@ -555,11 +549,11 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
 )
 def test_a_wrong_option_is_named(folder: Path, tmp_path: Path, changes: dict, complaint: str) -> None:
     with pytest.raises(SteeringError, match=complaint):
-        train.train(dataclasses.replace(options(folder, tmp_path / "out"), **changes))
+        trainer.train(dataclasses.replace(options(folder, tmp_path / "out"), **changes))
 
 
 def test_a_tracker_that_is_not_installed(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
     with pytest.raises(SteeringError, match="pip install wandb"):
         options(folder, tmp_path / "out", report_to=("wandb",))
 
@@ -579,35 +573,35 @@ def test_data_of_another_model_is_refused(folder: Path, tmp_path: Path, caplog) 
     assert all(found == rows[0] for found in rows)
     meta_path(data).write_text(json.dumps(meta | {"model": {"name": "stranger", "fingerprint": "0" * 64}}))
     with pytest.raises(SteeringError, match=r"was written by another model \(stranger\)"):
-        train.train(config)
+        trainer.train(config)
     meta_path(data).write_text("{}")
     with pytest.raises(SteeringError, match="written.meta.json is damaged"):
-        train.train(config)
+        trainer.train(config)
 
 
 def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "drafter").save_pretrained(tmp_path / "other")
     make_tokenizer([f"x{i}" for i in range(1, VOCAB)]).save_pretrained(tmp_path / "other")
     with pytest.raises(SteeringError, match="tokenizers of .* differ: token 'w1' is 1 in one and None"):
-        train.train(options(folder, tmp_path / "out", drafter=str(tmp_path / "other")))
+        trainer.train(options(folder, tmp_path / "out", drafter=str(tmp_path / "other")))
 
 
 def test_an_output_that_exists_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     with pytest.raises(SteeringError, match="exists and is not empty"):
-        train.train(options(folder, tmp_path))
+        trainer.train(options(folder, tmp_path))
 
 
 def test_several_devices_are_refused(folder: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(SteeringError, match="2 GPUs in one process: start `torchrun"):
-        train.train(options(folder, tmp_path / "out"))
+        trainer.train(options(folder, tmp_path / "out"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(train.LOSSES, "jsd", lambda t, d: losses.forward_kl(t, d) * float("nan"))
+    monkeypatch.setitem(trainer.LOSSES, "jsd", lambda t, d: losses.forward_kl(t, d) * float("nan"))
     with pytest.raises(SteeringError, match="the loss is nan at step 0"):
-        train.train(options(folder, tmp_path / "out"))
+        trainer.train(options(folder, tmp_path / "out"))
     assert not checkpoint.has_steering(tmp_path / "out")
     batch = json.loads((tmp_path / "out" / "failed-batch.json").read_text())
     assert batch["step"] == 0 and len(batch["input_ids"]) == 4 and batch["prompt_lengths"] == [6] * 4

@@ -19,10 +19,10 @@ import pytest
 import torch
 from test_blocks import round_of
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringError
-from vllm_steer.serving import watch
-from vllm_steer.serving.blocks import Blocks, Counts
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.serving.telemetry import watchdog
+from vllm_steer.serving.telemetry.block_counter import Blocks, Counts
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
 DASHBOARD = Path(__file__).parents[1] / "docker" / "grafana" / "dashboards" / "vllm-steer.json"
@@ -46,10 +46,10 @@ EXPECTED = [[0.0, 0.6, 1.0, 1.2, 1.3], [0.0, 0.7, 1.2, 1.5, 1.6]]
 def test_recorded_acceptance_of_the_tiny_pair() -> None:
     acceptance = checkpoint.load(PAIR / "steered").config.acceptance
     efficiency = acceptance["trained"]["block_efficiency"]
-    found = watch.recorded(acceptance, 5)
+    found = watchdog.recorded(acceptance, 5)
     assert {name: 1 + values[5] for name, values in found.items()} == pytest.approx(efficiency, abs=1e-3)
     assert found["greedy"][:3] == pytest.approx([0, 0.5625, 0.5625 + 0.5625 * 0.5612])
-    longer = watch.recorded(acceptance, 6)
+    longer = watchdog.recorded(acceptance, 6)
     assert longer["greedy"][:6] == found["greedy"] and len(longer["greedy"]) == 7
 
 
@@ -58,16 +58,16 @@ def test_recorded_acceptance_of_the_tiny_pair() -> None:
     [{}, {"trained": None}, {"trained": {"greedy": "0.5"}}, {"trained": {"greedy": []}}, {"trained": {"greedy": [7]}}],
 )
 def test_nothing_recorded(acceptance: dict[str, Any]) -> None:
-    assert watch.recorded(acceptance, K) == {}
-    dog = watch.Watchdog([])
+    assert watchdog.recorded(acceptance, K) == {}
+    dog = watchdog.Watchdog([])
     assert dog.judge(counts_of((K, 1, 20), (K, 0, 800))) is None, "nothing to compare with"
     assert "no draft was accepted" in dog.judge(counts_of((K, 1, 20), (K, 0, 1000)))
 
 
 def test_zero_acceptance_warns_once_per_episode() -> None:
-    dog = watch.Watchdog(EXPECTED)
-    assert dog.judge(counts_of((K, 0, watch.ENOUGH - 1))) is None, "a handful proves nothing"
-    warning = dog.judge(counts_of((K, 0, watch.ENOUGH)))
+    dog = watchdog.Watchdog(EXPECTED)
+    assert dog.judge(counts_of((K, 0, watchdog.ENOUGH - 1))) is None, "a handful proves nothing"
+    warning = dog.judge(counts_of((K, 0, watchdog.ENOUGH)))
     assert "no draft was accepted in the last 200 steered blocks, 1.30 recorded" in warning
     assert "STEER_DISABLE=1" in warning and "doctor" in warning and "dtype" in warning
     assert dog.judge(counts_of((K, 0, 5000))) is None, "the same episode"
@@ -78,14 +78,14 @@ def test_zero_acceptance_warns_once_per_episode() -> None:
 def test_half_of_the_recorded_acceptance() -> None:
     """1.30 is the smaller of the two recorded values, so 0.65 is the limit; a mean of 1,000 blocks strays by 0.015."""
     for accepted, low in ((650, False), (600, False), (580, True)):
-        warning = watch.Watchdog(EXPECTED).judge(counts_of((K, 1, accepted), (K, 0, 1000 - accepted)))
+        warning = watchdog.Watchdog(EXPECTED).judge(counts_of((K, 1, accepted), (K, 0, 1000 - accepted)))
         assert (warning is not None) == low
     assert "0.58 draft tokens per block were accepted in the last 1000 steered blocks, 1.30 recorded" in warning
 
 
 def test_what_is_uncertain_waits_for_more_blocks() -> None:
     """0.56 of the blocks accept one draft, 0.65 is the limit: at 200 blocks that could be chance, at 800 no more."""
-    dog, warned = watch.Watchdog(EXPECTED), []
+    dog, warned = watchdog.Watchdog(EXPECTED), []
     for n in (200, 400, 800, 1600):
         accepting = n * 56 // 100
         warned.append(dog.judge(counts_of((K, 1, accepting), (K, 0, n - accepting))) is not None)
@@ -95,7 +95,7 @@ def test_what_is_uncertain_waits_for_more_blocks() -> None:
 def test_chance_does_not_bark() -> None:
     """Acceptance at seven tenths of the recorded, for 2 million blocks, looked at 200 and more at a time."""
     generator, table = torch.Generator().manual_seed(0), torch.zeros(K + 1, K + 1, dtype=torch.float64)
-    dog = watch.Watchdog(EXPECTED)
+    dog = watchdog.Watchdog(EXPECTED)
     rates = torch.tensor([0.5, 0.22, 0.15, 0.09, 0.04])  # 0.95 accepted
     for n in torch.randint(40, 400, (9000,), generator=generator).tolist():
         drawn = torch.multinomial(rates, n, replacement=True, generator=generator)
@@ -107,13 +107,13 @@ def test_chance_does_not_bark() -> None:
 
 def test_short_blocks_are_compared_with_short_blocks() -> None:
     """Drafting one token at a time accepts less: 0.5 per block is good then, and bad for four."""
-    assert watch.Watchdog(EXPECTED).judge(counts_of((1, 1, 1000), (1, 0, 1000))) is None
-    assert watch.Watchdog(EXPECTED).judge(counts_of((K, 1, 1000), (K, 0, 1000))) is not None
+    assert watchdog.Watchdog(EXPECTED).judge(counts_of((1, 1, 1000), (1, 0, 1000))) is None
+    assert watchdog.Watchdog(EXPECTED).judge(counts_of((K, 1, 1000), (K, 0, 1000))) is not None
 
 
 def test_unsteered_blocks_are_not_judged() -> None:
     counts = counts_of((K, 0, 1000))
-    assert watch.Watchdog(EXPECTED).judge(Counts(counts.unsteered, counts.steered, 0, 0)) is None
+    assert watchdog.Watchdog(EXPECTED).judge(Counts(counts.unsteered, counts.steered, 0, 0)) is None
 
 
 # --- from the worker to /metrics ------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_unsteered_blocks_are_not_judged() -> None:
 @pytest.fixture()
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a worker watches, in a place of its own for temporary files."""
-    monkeypatch.setattr(watch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(watchdog.tempfile, "gettempdir", lambda: str(tmp_path))
     return Engine(blocks=Blocks(8, K, torch.device("cpu")), scale=1.0)
 
 
@@ -135,8 +135,8 @@ ACCEPTANCE = {"trained": {"greedy": [0.5] * K, "overlap": [0.25] * K}}
 
 def gauges(name: str, engine_index: int = 0, steered: bool = True, **parallel: Any) -> Any:
     """The stat logger of a server whose model is called `name`."""
-    from vllm_steer.serving.gauges import Gauges
     from vllm_steer.serving.plan import PLAN, Written
+    from vllm_steer.serving.telemetry.metrics import Gauges
 
     plan = Written(source="x", revision=None, scale=1.0, steered_layers=(0,), projection_size=1, max_num_seqs=8,
                    draft_length=K)  # fmt: skip
@@ -164,7 +164,7 @@ def exposed(name: str, engine_index: int = 0) -> dict[str, float]:
 
 
 def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
-    worker = watch.Watch(engine, ACCEPTANCE, 0)
+    worker = watchdog.Watch(engine, ACCEPTANCE, 0)
     server = gauges("counted")
     server.log_engine_initialized()
     assert exposed("counted")["blocks_total"] == 0 == exposed("counted")["guide_norm"]
@@ -195,20 +195,20 @@ def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
 def test_a_worker_that_starts_again_counts_on(engine: Any) -> None:
     server = gauges("again")
     for round in (1, 2):
-        worker = watch.Watch(engine, {}, 0)
+        worker = watchdog.Watch(engine, {}, 0)
         round_of(engine.blocks, "a", None, [0], [4])
         round_of(engine.blocks, "a", [K], [5], [3])
         worker.look()
         server.log()
         assert exposed("again")["blocks_total"] == round
-        watch.remove(worker._file)
+        watchdog.remove(worker._file)
         engine.blocks = Blocks(8, K, torch.device("cpu"))
     assert not [name for name in exposed("again") if "recorded" in name]
 
 
 def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
     other = Engine(blocks=Blocks(8, K, torch.device("cpu")), scale=0)
-    workers = watch.Watch(engine, {}, 0), watch.Watch(other, {}, 1)
+    workers = watchdog.Watch(engine, {}, 0), watchdog.Watch(other, {}, 1)
     for i in (0, 1):
         gauges("several", i).log()
     assert [exposed("several", i)["steering_on"] for i in (0, 1)] == [1, 0]
@@ -216,16 +216,16 @@ def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
 
 
 def test_a_cleaned_folder_is_made_again(engine: Any) -> None:
-    worker = watch.Watch(engine, {}, 0)
-    shutil.rmtree(watch.directory())
+    worker = watchdog.Watch(engine, {}, 0)
+    shutil.rmtree(watchdog.directory())
     worker.look()
-    assert watch.find(os.getpid(), 0) == worker._file
+    assert watchdog.find(os.getpid(), 0) == worker._file
 
 
 def test_a_later_vllm_may_ask_more_of_a_stat_logger(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.metrics import loggers
 
-    from vllm_steer.serving import gauges as module
+    from vllm_steer.serving.telemetry import metrics as module
 
     class Later(loggers.StatLoggerBase):
         @abc.abstractmethod
@@ -238,7 +238,7 @@ def test_a_later_vllm_may_ask_more_of_a_stat_logger(monkeypatch: pytest.MonkeyPa
 
 def test_a_steered_drafter_that_nobody_looked_at_ends_the_server() -> None:
     """This vLLM calls none of our seams, or the plugin could not start: without this it would be served unsteered."""
-    from vllm_steer.serving.gauges import Gauges
+    from vllm_steer.serving.telemetry.metrics import Gauges
 
     config = types.SimpleNamespace(
         speculative_config=types.SimpleNamespace(
@@ -258,7 +258,7 @@ def test_a_steered_drafter_that_nobody_looked_at_ends_the_server() -> None:
 
 def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
     """They are siblings of the engine: what they share is their parent."""
-    worker = watch.Watch(engine, {}, 0)
+    worker = watchdog.Watch(engine, {}, 0)
     gauges("second", _api_process_count=2, _api_process_rank=1).log()
     gauges("first", _api_process_count=2, _api_process_rank=0).log()
     assert not exposed("second") and exposed("first")["steering_on"] == 1
@@ -266,21 +266,21 @@ def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
 
 
 def test_somebody_elses_worker_is_not_ours(engine: Any) -> None:
-    worker = watch.Watch(engine, {}, 0)
+    worker = watchdog.Watch(engine, {}, 0)
     report = json.loads(worker._file.read_text())
     assert report["ancestors"][0] == os.getpid() and os.getppid() in report["ancestors"]
     worker._file.write_text(json.dumps(report | {"ancestors": report["ancestors"][1:]}))
-    assert watch.find(os.getpid(), 0) is None and watch.find(os.getppid(), 0) == worker._file
+    assert watchdog.find(os.getpid(), 0) is None and watchdog.find(os.getppid(), 0) == worker._file
     far = report | {"pid": 2**22 + 1, "namespace": "pid:[1]"}
     worker._file.write_text(json.dumps(far))
-    assert watch.find(os.getpid(), 0) is None and worker._file.exists(), "another container's, alive or not"
+    assert watchdog.find(os.getpid(), 0) is None and worker._file.exists(), "another container's, alive or not"
     worker._file.write_text(json.dumps(report | {"pid": 2**22 + 1}))  # past Linux's largest
-    assert watch.find(os.getpid(), 0) is None and not worker._file.exists(), "the dead are cleared away"
+    assert watchdog.find(os.getpid(), 0) is None and not worker._file.exists(), "the dead are cleared away"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}', "\x00\xff", None])
 def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = watch.Watch(engine, {}, 0), gauges("bad")
+    worker, server = watchdog.Watch(engine, {}, 0), gauges("bad")
     server.log()
     before = exposed("bad")
     worker._file.unlink() if text is None else worker._file.write_text(text, encoding="utf-8")
@@ -299,7 +299,7 @@ def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.L
 
 
 def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = watch.Watch(engine, {}, 0), gauges("full")
+    worker, server = watchdog.Watch(engine, {}, 0), gauges("full")
     server.log()
     before, limits = exposed("full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
@@ -310,7 +310,7 @@ def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCapt
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ["no vllm_steer metrics at /metrics for the time being" in r.getMessage() for r in caplog.records] == [True]
-    assert not list(watch.directory().iterdir()), "old counts were left"
+    assert not list(watchdog.directory().iterdir()), "old counts were left"
     server.log()
     assert exposed("full") != before
     worker.look()
@@ -319,7 +319,7 @@ def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCapt
 
 
 def test_a_report_without_its_numbers_never_raises(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = watch.Watch(engine, {}, 0), gauges("odd")
+    worker, server = watchdog.Watch(engine, {}, 0), gauges("odd")
     report = json.loads(worker._file.read_text())
     worker._file.write_text(json.dumps(report | {"accepted_at": 5}))
     with caplog.at_level(logging.ERROR, "vllm.steer"):
@@ -344,18 +344,18 @@ def test_a_directory_of_others_is_not_used(
     path.mkdir()
     path.chmod(0o755)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
-        watch.Watch(engine, {}, 0).look()
+        watchdog.Watch(engine, {}, 0).look()
     assert "is not a private directory" in caplog.text and not list(path.iterdir())
     gauges("others").log()
     path.rmdir()
-    watch.Watch(engine, {}, 0)
+    watchdog.Watch(engine, {}, 0)
     assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_lost_directory_ends_the_file_and_not_the_watch(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = watch.Watch(engine, {}, 0)
+    worker = watchdog.Watch(engine, {}, 0)
     shutil.rmtree(tmp_path / f"vllm-steer-{os.getuid()}")
     (tmp_path / f"vllm-steer-{os.getuid()}").touch()  # nor can it be made again
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)
@@ -379,9 +379,9 @@ def test_an_unsteered_engine_has_nothing(engine: Any, tmp_path: Path, caplog: py
 def test_the_watch_ends_with_its_engine(
     engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "INTERVAL", 0.02)
+    monkeypatch.setattr(watchdog, "INTERVAL", 0.02)
     holder = [Engine(blocks=engine.blocks, scale=1.0)]
-    worker = watch.Watch(holder[0], ACCEPTANCE, 0)
+    worker = watchdog.Watch(holder[0], ACCEPTANCE, 0)
     file = worker._file
     worker.start()
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)
@@ -398,7 +398,7 @@ def test_the_watch_ends_with_its_engine(
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    from vllm_steer.serving.gauges import metrics
+    from vllm_steer.serving.telemetry.metrics import metrics
 
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     exprs = [target["expr"] for panel in panels for target in panel["targets"]]

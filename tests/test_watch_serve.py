@@ -18,7 +18,7 @@ import pytest
 import torch
 from test_serve import OPTIONS, PAIR, serve
 
-from vllm_steer import checkpoint
+from vllm_steer.drafters.steered import checkpoint
 
 pytestmark = pytest.mark.slow
 

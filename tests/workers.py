@@ -95,20 +95,20 @@ def pretended(version: str | None, broken: list[str]) -> Iterator[None]:
     """Another vLLM: its version, and an attribute gone in the modules whose seams are `broken`."""
     import vllm
 
-    from vllm_steer.serving import seams
+    from vllm_steer.serving import patches
 
-    before = vllm.__version__, seams.SEAMS
+    before = vllm.__version__, patches.SEAMS
     lost = lambda seam: dataclasses.replace(seam, needs=("vllm:gone",)) if seam.module in broken else seam  # noqa: E731
-    seams.undo()
-    seams.SEAMS = tuple(lost(seam) for seam in seams.SEAMS)
-    seams.install()
+    patches.undo()
+    patches.SEAMS = tuple(lost(seam) for seam in patches.SEAMS)
+    patches.install()
     vllm.__version__ = version or before[0]
     try:
         yield
     finally:
-        seams.undo()
-        vllm.__version__, seams.SEAMS = before
-        seams.install()
+        patches.undo()
+        vllm.__version__, patches.SEAMS = before
+        patches.install()
 
 
 def serve_job(job: dict[str, Any]) -> dict[str, Any]:

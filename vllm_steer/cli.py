@@ -12,36 +12,38 @@ import sys
 from collections.abc import Callable, Sequence
 
 from vllm_steer import __version__
-from vllm_steer.config import SteeringConfig, SteeringError, check_pair, read_model_config
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its verb is chosen; help; example
     "generate": (
-        "vllm_steer.responses",
+        "vllm_steer.data.generate",
         "let the target (or the drafter) answer prompts with vLLM: what a drafter trains on",
         "--model Qwen/Qwen3-8B --prompts builtin --split train --output responses.jsonl",
     ),
     "train": (
-        "vllm_steer.train",
+        "vllm_steer.training.trainer",
         "train a steering, alone or with its drafter",
         "--target T --drafter D --data responses.jsonl --output ./drafter-steered",
     ),
     "bench": (
-        "vllm_steer.evaluate",
+        "vllm_steer.bench.run",
         "measure acceptance and speed of several drafters of one target in vLLM",
         "--target T --drafters plain=D steered=./drafter-steered --prompts builtin --split test --output ./bench",
     ),
     "serve": (
-        "vllm_steer.serve",
+        "vllm_steer.ops.launch",
         "serve a steered checkpoint or adapter: become `vllm serve` with what it was made for",
         "./drafter-steered --port 8000 --max-model-len 8192",
     ),
     "doctor": (
-        "vllm_steer.doctor",
+        "vllm_steer.ops.doctor.run",
         "say what would keep a drafter from being steered here, and whether a running server steers",
         "./drafter-steered --target Qwen/Qwen3-8B --url http://localhost:8000",
     ),
     "push": (
-        "vllm_steer.card",
+        "vllm_steer.ops.hub",
         "write a model card from what is on record, and upload a checkpoint to the hub",
         "--directory ./drafter-steered --repo OWNER/NAME --bench ./bench --license apache-2.0",
     ),
@@ -133,7 +135,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from vllm_steer import checkpoint
+    from vllm_steer.drafters.steered import checkpoint
 
     directory = checkpoint.resolve(args.directory)
     config = checkpoint.load(directory).config
@@ -171,15 +173,15 @@ def _run(module: str, args: argparse.Namespace) -> int | None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from vllm_steer import checkpoint
+    from vllm_steer.drafters.steered import checkpoint
 
     print(f"wrote {checkpoint.merge_adapter(args.adapter, args.drafter, args.output)}")
 
 
 def _import(args: argparse.Namespace) -> None:
-    from vllm_steer import published
+    from vllm_steer.drafters.steered import import_sd2
 
-    print(f"wrote {published.import_published(args.source, args.drafter, args.target, args.output)}")
+    print(f"wrote {import_sd2.import_published(args.source, args.drafter, args.target, args.output)}")
 
 
 if __name__ == "__main__":

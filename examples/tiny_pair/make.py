@@ -172,7 +172,7 @@ def make_responses(work: Path, target: Path, count: int, seed: int) -> None:
 
 def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args: argparse.Namespace) -> None:
     """One `vllm-steer train` run into `out/name`."""
-    from vllm_steer.train import TrainConfig, train
+    from vllm_steer.training.trainer import TrainConfig, train
 
     shutil.rmtree(out / name, ignore_errors=True)
     train(
@@ -199,7 +199,7 @@ def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args
 
 def compare(work: Path, out: Path) -> None:
     """Predicted acceptance on stretches of the test files, for every drafter made here, in `acceptance.json`."""
-    from vllm_steer.pair import measure_directory
+    from vllm_steer.training.acceptance import measure_directory
 
     rows = [
         {"prompt_ids": ids[:64].tolist(), "response_ids": ids[64:].tolist()}

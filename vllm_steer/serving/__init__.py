@@ -10,8 +10,8 @@ def register() -> None:
     import logging
 
     try:
-        from vllm_steer.serving import seams
+        from vllm_steer.serving import patches
 
-        seams.install()
+        patches.install()
     except Exception:
         logging.getLogger("vllm.steer").exception("vllm-steer is installed but could not start: steering is off")

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig, SteeringError, check_pair, text_config
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import text_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -277,9 +279,9 @@ def require_target_states(model_config: ModelConfig) -> None:
 
 
 def _require_seams(vllm_config: VllmConfig) -> None:
-    from vllm_steer.serving import seams
+    from vllm_steer.serving import patches
 
-    seams.require(v2=getattr(vllm_config, "use_v2_model_runner", False))
+    patches.require(v2=getattr(vllm_config, "use_v2_model_runner", False))
 
 
 def _warn_draft_length(config: SteeringConfig, asked: int) -> None:

@@ -1,0 +1,1 @@
+"""Measuring draft models in vLLM."""

@@ -1,0 +1,212 @@
+"""One way to serve the target, measured in a process of its own.
+
+At each temperature the engine answers a few prompts to warm up, then all of them for counts and speed, then one batch
+with a timer around its drafter: the timer synchronises the device, so it stays out of the speed.
+
+    python -m vllm_steer.bench.candidate JOB RESULT      called by `measure_in_a_process`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.bench import block_counting
+from vllm_steer.common import provenance
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
+
+NONE = "none"  # the name of the contender without speculation
+WARM_UP = 16  # tokens
+
+
+@dataclass(frozen=True)
+class Contender:
+    """No speculation (no drafter), a drafter, or an adapter with its base drafter; directories or hub ids."""
+
+    name: str
+    drafter: str | None = None
+    adapter: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Contender:
+        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER."""
+        name, equals, value = text.partition("=")
+        if not equals or not value or not re.fullmatch(r"[\w.-]+", name):
+            raise SteeringError(
+                f"--drafters has {text!r}, allowed is NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with a name of letters, "
+                "digits and . _ -"
+            )
+        adapter, plus, drafter = value.partition("+")
+        return cls(name, drafter, adapter) if plus and not Path(value).exists() else cls(name, value)
+
+    @property
+    def steering(self) -> Path | None:
+        """The steering/ folder it drafts with; None for a plain drafter."""
+        if self.adapter is not None:
+            return checkpoint.resolve(self.adapter) / checkpoint.FOLDER
+        carries = self.drafter is not None and checkpoint.has_steering(self.drafter)
+        return Path(self.drafter) / checkpoint.FOLDER if carries else None
+
+    def check(self, target: Any) -> Any:
+        """The drafter's transformers config, None without one; `target` is the target's.
+
+        Raises SteeringError when there is no such model, or its steering was made for others.
+        """
+        if self.drafter is None:
+            return None
+        if checkpoint.has_steering(self.drafter) and not (Path(self.drafter) / "config.json").is_file():
+            raise SteeringError(
+                f"{self.drafter} is an adapter: give its base drafter as well, {self.name}={self.drafter}+DRAFTER"
+            )
+        drafter = read_model_config(self.drafter)
+        if (steering := self.steering) is not None:
+            check_pair(SteeringConfig.read(steering / "config.json"), target, drafter)
+        return drafter
+
+    def identity(self) -> dict[str, str | None]:
+        """What is measured under the name: as typed, and by fingerprint."""
+        steering = self.steering
+        return {
+            "drafter": self.drafter,
+            "adapter": self.adapter,
+            "drafter_weights": provenance.fingerprint(self.drafter) if self.drafter else None,
+            "steering_weights": provenance.fingerprint(steering) if steering else None,
+        }
+
+
+def measure_in_a_process(
+    contender: Contender, settings: dict[str, Any], prompts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """`measure` in a fresh Python under this process's environment. Raises SteeringError when it fails."""
+    # The engine lives in that very process: its workers can then be asked for times and memory (serving/probe.py).
+    env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        job.write_text(json.dumps([dataclasses.asdict(contender), settings, prompts]), encoding="utf-8")
+        command = [sys.executable, "-P", "-m", "vllm_steer.bench.candidate", str(job), str(result)]
+        ended = subprocess.run(command, env=env, stdout=2, check=False)  # vLLM logs to stdout; that is for the table
+        if not result.is_file():
+            raise SteeringError(
+                f"{contender.name}: the engine's process ended with exit code {ended.returncode} (-9: out of memory); "
+                "its messages are above; --resume goes on from here"
+            )
+        found = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise SteeringError(f"{contender.name}: {found['error']}")
+    return found
+
+
+def main(job: str, result: str) -> None:
+    """Read a job's file, write what `measure` finds or {"error": sentence}."""
+    raw, settings, prompts = json.loads(Path(job).read_text(encoding="utf-8"))
+    try:
+        found = measure(Contender(**raw), settings, prompts)
+    except Exception as error:  # whatever vLLM raises is told by the process that waits for this one
+        if not isinstance(error, SteeringError):
+            traceback.print_exc()
+        found = {"error": str(error) or type(error).__name__}
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+
+
+def measure(contender: Contender, settings: dict[str, Any], prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Measure at every temperature.
+
+    Args:
+        settings: target, k, max_tokens, temperature (a list), batch, max_model_len, engine, seed.
+        prompts: [{"id", "category", "ids": token ids}].
+
+    Returns {"environment", "steered", "peak_memory": a dict per worker, "runs": one per temperature}. Raises
+    SteeringError when blocks cannot be counted; vLLM's own exceptions pass.
+    """
+    from vllm_steer.serving import probe
+
+    llm = probe.open_engine(contender.drafter, contender.adapter, settings)
+    try:
+        runs = [_run(llm, contender, t, settings, prompts) for t in settings["temperature"]]
+        return {
+            "environment": probe.describe(llm),
+            "steered": all(llm.collective_rpc(probe.is_steered)),
+            "peak_memory": llm.collective_rpc(probe.memory),
+            "runs": runs,
+        }
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _run(
+    llm: Any, contender: Contender, temperature: float, settings: dict[str, Any], prompts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    from vllm_steer.serving import probe
+
+    k = settings["k"] if contender.drafter else 0
+    batch, most = settings["batch"], settings["max_tokens"]
+    common = {"batch": batch, "temperature": temperature, "seed": settings["seed"]}
+    ids = [prompt["ids"] for prompt in prompts]
+    probe.drive(llm, ids[:batch], max_tokens=min(WARM_UP, most), **common)
+    common["max_tokens"] = block_counting.tokens_to_ask(most, k)
+    with tqdm(total=len(ids), desc=f"{contender.name}, T={temperature:g}", unit="prompt") as bar:
+        deliveries, clock = probe.drive(llm, ids, finished=bar.update, **common)
+    if preempted := probe.preemptions(llm):
+        raise SteeringError(
+            f"vLLM preempted {preempted} requests for want of KV cache, and verifies drafts nobody made when they come "
+            "back: lower --batch or --max-model-len, or give vLLM more memory"
+        )
+    return {
+        "temperature": temperature,
+        "clock": dataclasses.asdict(clock),
+        "drafting_share": _drafting_share(llm, ids[:batch], common) if k else None,
+        "answers": [_count(prompt, d, most, k) for prompt, d in zip(prompts, deliveries, strict=True)],
+    }
+
+
+def _count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int) -> dict[str, Any]:
+    """One answer for the record: its blocks, and a digest of its first `max_tokens` tokens."""
+    answer = block_counting.count(
+        prompt["id"],
+        prompt["category"],
+        delivery.steps,
+        max_tokens=max_tokens,
+        k=k,
+        accepted=delivery.accepted,
+        drafted=delivery.drafted,
+        stopped=delivery.finish == "stop",
+    )
+    digest = hashlib.sha256(json.dumps(delivery.ids[:max_tokens]).encode()).hexdigest()
+    return answer.to_dict() | {"tokens_sha256": digest[:16]}
+
+
+def _drafting_share(llm: Any, prompts: list[list[int]], common: dict[str, Any]) -> float | None:
+    """Share of the time after the prefill that one batch spends in the drafter; None if no step comes after it."""
+    from vllm_steer.serving import probe
+
+    started = False
+
+    def before_step(prefilling: bool) -> None:
+        nonlocal started
+        if not prefilling and not started:
+            llm.collective_rpc(probe.reset_timing)
+            started = True
+
+    llm.collective_rpc(probe.start_timing)
+    _, clock = probe.drive(llm, prompts, before_step=before_step, **common)
+    seconds = max(llm.collective_rpc(probe.stop_timing))
+    return seconds / clock.decode_seconds if started else None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

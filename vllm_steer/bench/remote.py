@@ -1,0 +1,149 @@
+"""`vllm-steer bench --url`: acceptance of a running server, by its own counters.
+
+The server is asked through its OpenAI-compatible API and counts by itself. Its counters know of no blocks: they include
+drafts nobody made (after a preemption or a full prefix hit vLLM verifies placeholders) and every other client's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.data.prompts import Prompt
+
+COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+}
+PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
+NOTE = """\
+From the server's own counters, before and after: they include drafts that nobody made (vLLM verifies placeholders after
+a preemption or a full prefix hit), blocks cut by the length limit, and whatever other clients asked in that time. There
+are no intervals. Tokens per second include prefill and the network. For counted blocks measure with --target.
+"""
+
+
+def measure(
+    url: str,
+    model: str | None,
+    prompts: list[Prompt],
+    *,
+    max_tokens: int,
+    temperatures: tuple[float, ...],
+    batch: int,
+    seed: int,
+    template: dict[str, Any] | None = None,
+) -> tuple[str, list[dict[str, Any]]]:
+    """Send every prompt at every temperature, `batch` at a time; prompt i with seed + i.
+
+    `template` has variables for the server's chat template.
+
+    Returns the served model (the first one when `model` is None) and parts like those of evaluate.summarise. Raises
+    SteeringError when the server does not answer, does not speculate, or refuses every prompt.
+    """
+    from openai import OpenAI
+
+    url = url.rstrip("/").removesuffix("/v1")
+    counters(url)  # reachable, and speculating
+    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600, max_retries=0)
+    model = model or _first_model(client)
+    asked = {"model": model, "max_tokens": max_tokens}
+    asked |= {"extra_body": {"chat_template_kwargs": template}} if template else {}
+    return model, [_measure(client, url, prompts, batch, seed, asked | {"temperature": t}) for t in temperatures]
+
+
+def counters(url: str) -> dict[str, Any]:
+    """Speculation so far: {"drafts", "drafted", "accepted": int, "per_position": [int, ...]}, of all engines together.
+
+    Raises SteeringError when nobody answers, or the answer has no such counters.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+    except (OSError, ValueError) as error:
+        raise SteeringError(
+            f"cannot read {url}/metrics ({error}): give the address of a running vLLM server, e.g. http://localhost:8000"
+        ) from None
+    found: dict[str, Any] = {}
+    places: dict[int, int] = {}
+    for family in text_string_to_metric_families(text):
+        values = [sample for sample in family.samples if sample.name == f"{family.name}_total"]
+        for key, name in COUNTERS.items():
+            if family.name == name:
+                found[key] = sum(int(sample.value) for sample in values)
+        if family.name == PER_POSITION:
+            for sample in values:
+                place = int(sample.labels["position"])
+                places[place] = places.get(place, 0) + int(sample.value)
+    if missing := [name for key, name in COUNTERS.items() if key not in found]:
+        raise SteeringError(
+            f"{url}/metrics has no {missing[0]}_total: the server does not speculate, or is not vLLM; start it with "
+            "--speculative-config, and without --disable-log-stats"
+        )
+    return found | {"per_position": [places[i] for i in sorted(places)]}
+
+
+def _first_model(client: Any) -> str:
+    from openai import OpenAIError
+
+    try:
+        return client.models.list().data[0].id
+    except (OpenAIError, IndexError) as error:
+        raise SteeringError(f"the server does not say which models it has ({error}): give --model") from None
+
+
+def _measure(
+    client: Any, url: str, prompts: list[Prompt], batch: int, seed: int, asked: dict[str, Any]
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    before, start = counters(url), time.perf_counter()
+    tokens, refused = 0, {}
+    with ThreadPoolExecutor(batch) as pool, tqdm(total=len(prompts), desc=f"T={asked['temperature']:g}") as bar:
+        answers = [pool.submit(_ask, client, prompt, asked | {"seed": seed + i}) for i, prompt in enumerate(prompts)]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            found = answer.result()
+            bar.update()
+            if isinstance(found, str):
+                refused[prompt.id] = found
+            else:
+                tokens += found
+    seconds, after = time.perf_counter() - start, counters(url)
+    if len(refused) == len(prompts):
+        raise SteeringError(f"the server refused every prompt: {next(iter(refused.values()))}")
+    drafts, accepted = (after[key] - before[key] for key in ("drafts", "accepted"))
+    at = [b - a for a, b in zip(before["per_position"], after["per_position"], strict=True)]
+    row = {
+        "name": asked["model"],
+        "prompts": len(prompts) - len(refused),
+        "blocks": drafts,
+        "tokens_per_block": 1 + accepted / drafts if drafts else None,
+        "interval_95": None,
+        "accepted_at": [n / drafts if drafts else None for n in at],
+        "tokens_per_second": tokens / seconds,
+    }
+    common = {"temperature": asked["temperature"], "pairs": [], "categories": {}}
+    return common | {"rows": [row], "refused_prompts": refused}
+
+
+def _ask(client: Any, prompt: Prompt, asked: dict[str, Any]) -> int | str:
+    """New tokens of one answer, or why the server refused the prompt. Raises SteeringError when it is gone."""
+    from openai import APIConnectionError, APIStatusError
+
+    try:
+        if isinstance(prompt.prompt, str):
+            answer = client.completions.create(prompt=prompt.prompt, **asked)
+        else:
+            answer = client.chat.completions.create(messages=prompt.prompt, **asked)
+    except APIConnectionError as error:  # also when it does not answer in time
+        raise SteeringError(f"the server stopped answering at prompt {prompt.id!r} ({error})") from None
+    except APIStatusError as error:
+        return f"{error.status_code}: {error.message}"
+    return answer.usage.completion_tokens

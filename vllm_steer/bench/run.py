@@ -1,0 +1,315 @@
+"""`vllm-steer bench`: what each drafter of one target is worth, in vLLM, on the same prompts.
+
+Every contender (no speculation, each drafter) gets a fresh process and an engine of its own, one after another; what
+each one does is in candidate.py, how blocks are counted in block_counting.py, a running server in remote.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.bench import block_counting, report
+from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
+from vllm_steer.common import options, provenance
+from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.options import option
+from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
+from vllm_steer.drafters.models import read_model_config, text_config
+
+log = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+LONGEST = 4096  # tokens an engine is built for when nothing says otherwise: its KV cache must hold one such sequence
+OWN_OPTIONS = (  # engine arguments that counting depends on; all others are the caller's
+    "model", "speculative_config", "max_model_len", "max_num_seqs", "seed", "enable_prefix_caching", "stream_interval",
+    "disable_log_stats", "per_request_spec_decode_metrics", "data_parallel_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """One benchmark; the command line is made from these fields."""
+
+    prompts: str = option(dataclasses.MISSING, "JSONL of prompts, or builtin[:NAME] (see vllm_steer/data/prompts.py)")
+    output: str = option(dataclasses.MISSING, "directory to write: results.json, table.md, plots")
+    target: str | None = option(None, "target model: hub id or directory", type=str)
+    drafters: tuple[str, ...] = option(
+        (),
+        "drafters to measure, NAME=DRAFTER (plain or steered) or NAME=ADAPTER+DRAFTER",
+        nargs="+",
+        type=str,
+        metavar="NAME=DRAFTER",
+    )
+    none: bool = option(False, f"also measure without speculation (under the name {NONE})")
+    k: int = option(5, "drafts per block")
+    max_tokens: int = option(128, "new tokens per prompt that count")
+    temperature: tuple[float, ...] = option(
+        (0.0, 1.0), "temperatures to measure at; 0 is greedy", nargs="+", type=float
+    )
+    batch: int = option(8, "requests at a time")
+    split: str | None = option(
+        None, "use only prompts marked so (default: test of a built-in set, all of a file)", choices=SPLITS
+    )
+    max_model_len: int | None = option(
+        None, f"tokens of prompt and answer (default: what all models take, at most {LONGEST})", type=int
+    )
+    engine: str = option("{}", 'more engine arguments of vLLM as JSON, e.g. \'{"dtype": "float32"}\'', metavar="JSON")
+    chat_template_kwargs: str = option(
+        "{}", "variables of the chat template as JSON, e.g. '{\"enable_thinking\": false}'", metavar="JSON"
+    )
+    seed: int = option(0, "of the sampled answers: prompt i is sampled with seed + i")
+    resume: bool = option(False, "keep what the output holds, measure what is missing")
+    url: str | None = option(None, "measure a running server instead of --target, e.g. http://localhost:8000", type=str)
+    model: str | None = option(None, "with --url: the served model (default: the first one)", type=str)
+
+    def __post_init__(self) -> None:
+        for name in ("k", "max_tokens", "batch"):
+            require_at_least(options.flag(name), getattr(self, name), 1)
+        require_at_least("--seed", self.seed, 0)
+        for value in self.temperature:
+            if not (math.isfinite(value) and value >= 0):
+                raise SteeringError(f"--temperature is {value}, allowed is 0 (greedy) or more")
+        if not self.temperature or len(set(self.temperature)) < len(self.temperature):
+            raise SteeringError(f"--temperature is {list(self.temperature)}: give each temperature once")
+        if self.url is None and self.model is not None:
+            raise SteeringError("--model names the model of a running server: give --url, or --target for an engine")
+        if self.url is not None and (self.target or self.drafters or self.none or self.resume or self.engine != "{}"):
+            raise SteeringError(
+                "--url measures a server as it runs: leave out --target, --drafters, --none, --engine and --resume"
+            )
+        if self.url is None and not (self.target and (self.drafters or self.none)):
+            raise SteeringError("nothing to measure: give --target with --drafters or --none, or --url")
+        names = [NONE, *(contender.name for contender in self.contenders if contender.drafter)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise SteeringError(f"--drafters has the name {min(twice)!r} twice, or it is {NONE!r}: give each its own")
+        self.engine_options, self.template_options  # noqa: B018 - refuses what is not usable
+
+    @property
+    def contenders(self) -> list[Contender]:
+        """What to measure, in order."""
+        return [Contender(NONE)] * self.none + [Contender.parse(text) for text in self.drafters]
+
+    @property
+    def marked(self) -> str | None:
+        """The split to use: drafters are trained on the others of a built-in set."""
+        return self.split or ("test" if is_builtin(self.prompts) else None)
+
+    def read_prompts(self) -> list[Prompt]:
+        """The prompts to measure on."""
+        return read_prompts(self.prompts, self.marked)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """`engine`, parsed. Raises SteeringError for arguments that counting depends on."""
+        found = options.json_object("engine", self.engine)
+        if taken := [key for key in found if key in OWN_OPTIONS]:
+            raise SteeringError(f"--engine has {taken[0]!r}, which the benchmark sets itself: leave it out")
+        return found
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, parsed."""
+        return options.json_object("chat_template_kwargs", self.chat_template_kwargs)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vllm-steer bench`."""
+    options.add_arguments(parser, BenchConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """`vllm-steer bench`: measure, then show the table and say where it is."""
+    config = options.from_arguments(BenchConfig, args)
+    results = bench(config)
+    print(f"{report.table(results)}\nwrote {config.output}")
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure and write `config.output`; returns what results.json holds.
+
+    Raises SteeringError for models, prompts or an output that cannot be used, and when an engine fails.
+    """
+    if find_spec("matplotlib") is None:
+        raise SteeringError("plots need matplotlib: pip install matplotlib")
+    output = Path(config.output)
+    if not config.resume and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise SteeringError(f"{output} exists and is not empty: give a new directory, or --resume a stopped benchmark")
+    if config.url is not None:
+        return _write(output, _bench_server(config))
+    target = read_model_config(config.target)
+    models = [target, *(contender.check(target) for contender in config.contenders)]
+    prompts, dropped, room = _encode(config, [model for model in models if model is not None])
+    settings = _settings(config, prompts, room)
+    results = {
+        "command": options.command("bench", dataclasses.asdict(config) | {"resume": False}),
+        "settings": settings,
+        "dropped_prompts": dropped,
+        "contenders": _measured(output, settings) if config.resume else [],
+    }
+    for contender in config.contenders:
+        identity = contender.identity()
+        known = {c["name"]: c for c in results["contenders"]}
+        if known.get(contender.name, {}).get("identity") == identity:
+            print(f"{contender.name}: measured already", flush=True)
+        else:
+            found = measure_in_a_process(contender, settings, prompts)
+            origin = provenance.origin("transformers")
+            known[contender.name] = {"name": contender.name, "identity": identity, "origin": origin} | found
+        results["contenders"] = list(known.values())
+        results["summary"] = summarise(settings, results["contenders"])
+        _write(output, results)
+    return results
+
+
+def _bench_server(config: BenchConfig) -> dict[str, Any]:
+    from vllm_steer.bench import remote
+
+    prompts = config.read_prompts()
+    asked = {"max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
+    asked |= {"template": config.template_options} if config.template_options else {}
+    model, parts = remote.measure(config.url, config.model, prompts, temperatures=config.temperature, **asked)
+    return {
+        "title": f"A running server of `{model}`",
+        "note": remote.NOTE,
+        "command": options.command("bench", dataclasses.asdict(config)),
+        "origin": provenance.origin("openai"),
+        "settings": asked
+        | {
+            "url": config.url,
+            "model": model,
+            "prompts": config.prompts,
+            "split": config.marked,
+            "number_of_prompts": len(prompts),
+            "prompts_sha256": _digest([dataclasses.asdict(prompt) for prompt in prompts]),
+            "temperature": list(config.temperature),
+        },
+        "summary": parts,
+    }
+
+
+def summarise(settings: dict[str, Any], contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per temperature: rows and pairs over all prompts and per category, and each contender's speed."""
+    found = []
+    for place, temperature in enumerate(settings["temperature"]):
+        runs = {c["name"]: c["runs"][place] for c in contenders}
+        answers = {name: [block_counting.Answer.from_dict(raw) for raw in run["answers"]] for name, run in runs.items()}
+        k = {name: 0 if name == NONE else settings["k"] for name in runs}
+        rows, pairs = block_counting.summarise(answers, k)
+        for row in rows:
+            row |= _speed(runs[row["name"]])
+            if temperature == 0 and NONE in runs and row["name"] != NONE:
+                row["answers_unlike_none"] = _unlike(runs[row["name"]], runs[NONE])
+        categories = {}
+        for category in block_counting.by_category(next(iter(answers.values()))):
+            part = {name: block_counting.by_category(all_)[category] for name, all_ in answers.items()}
+            categories[category] = dict(zip(("rows", "pairs"), block_counting.summarise(part, k), strict=True))
+        found.append({"temperature": temperature, "rows": rows, "pairs": pairs, "categories": categories})
+    return found
+
+
+def _speed(run: dict[str, Any]) -> dict[str, Any]:
+    clock = run["clock"]
+    return {
+        "tokens_per_second": clock["decode_tokens"] / clock["decode_seconds"] if clock["decode_seconds"] else None,
+        "tokens_per_second_with_prefill": (clock["decode_tokens"] + clock["prefill_tokens"])
+        / (clock["decode_seconds"] + clock["prefill_seconds"]),
+        "drafting_share": run["drafting_share"],
+    }
+
+
+def _unlike(run: dict[str, Any], none: dict[str, Any]) -> int:
+    """Answers that are not the target's own, token by token."""
+    pairs = zip(run["answers"], none["answers"], strict=True)
+    return sum(a["tokens_sha256"] != b["tokens_sha256"] for a, b in pairs)
+
+
+# --- before anything is measured ------------------------------------------------------------------------------------
+
+
+def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
+    """Prompts as token ids, those too long for the engine, and the engine's length."""
+    from transformers import AutoTokenizer
+
+    lengths = [n for m in models if (n := getattr(text_config(m), "max_position_embeddings", None))]
+    room = config.max_model_len or min([*lengths, LONGEST])
+    # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
+    most = room - block_counting.tokens_to_ask(config.max_tokens, config.k) - 2 * (config.k + 1)
+    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    kept, dropped, template = [], [], config.template_options
+    for prompt in config.read_prompts():
+        ids = encode_prompt(tokenizer, prompt.prompt, template)
+        if 0 < len(ids) <= most:
+            kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
+        else:
+            dropped.append({"id": prompt.id, "tokens": len(ids)})
+            log.warning("prompt %s left out: %d tokens, allowed are 1 to %d", prompt.id, len(ids), most)
+    if not kept:
+        raise SteeringError(
+            f"no prompt of {config.prompts} fits: {room} tokens of prompt and answer leave {max(0, most)} for the "
+            "prompt; raise --max-model-len or lower --max-tokens"
+        )
+    return kept, dropped, room
+
+
+def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> dict[str, Any]:
+    """All that numbers depend on and contenders have in common."""
+    return {
+        "target": config.target,
+        "target_weights": provenance.fingerprint(config.target),
+        "prompts": config.prompts,
+        "split": config.marked,
+        "number_of_prompts": len(prompts),
+        "prompts_sha256": _digest(prompts),
+        "k": config.k,
+        "max_tokens": config.max_tokens,
+        "temperature": list(config.temperature),
+        "batch": config.batch,
+        "max_model_len": room,
+        "engine": config.engine_options,
+        "seed": config.seed,
+    }
+
+
+def _digest(prompts: list[dict[str, Any]]) -> str:
+    """Of the prompts as they are used: after tokenizer and chat template, or as texts sent to a server."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+
+
+def _measured(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The contenders the output holds. Raises SteeringError if there are none, or other settings were theirs."""
+    path = output / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before, contenders = found["settings"], found["contenders"]
+    except OSError as error:
+        raise SteeringError(f"cannot resume, {path}: {error.strerror}; start without --resume") from None
+    except (ValueError, KeyError, TypeError):
+        raise SteeringError(
+            f"cannot resume, {path} is not of a benchmark with --target: give a new directory"
+        ) from None
+    for key, value in settings.items():
+        if before.get(key) != value:
+            raise SteeringError(
+                f"{output} was measured with {key} {before.get(key)!r}, now it is {value!r}: give a new directory, or "
+                "the settings of before"
+            )
+    return contenders
+
+
+def _write(output: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Write results.json, table.md and the plots, each whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, text in ((RESULTS, json.dumps(results, indent=2) + "\n"), ("table.md", report.table(results))):
+        (output / f".{name}").write_text(text, encoding="utf-8")
+        (output / f".{name}").replace(output / name)
+    report.plots(results, output)
+    return results

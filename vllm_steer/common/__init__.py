@@ -1,0 +1,1 @@
+"""What every part of the package shares: errors, options, records of origin, files."""

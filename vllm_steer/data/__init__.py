@@ -1,0 +1,1 @@
+"""Prompts, responses and training rows."""

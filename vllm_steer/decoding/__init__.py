@@ -1,0 +1,1 @@
+"""Reference decoding loops in plain torch on Hugging Face models."""

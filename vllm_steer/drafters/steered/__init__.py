@@ -1,0 +1,1 @@
+"""Steered draft models (SD²): configuration, mathematics, checkpoint format, Hugging Face model."""

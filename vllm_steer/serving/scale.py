@@ -1,0 +1,47 @@
+"""Turn steering up, down or off while the server runs, to compare both on the same traffic.
+
+It is vLLM's own way of adding calls to its workers, and off unless asked for twice: the class must be named at start,
+and the route that reaches it exists in vLLM's development mode only.
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve TARGET --spec-model DRAFTER --spec-tokens 5 --host 127.0.0.1 \\
+        --worker-extension-cls vllm_steer.serving.scale.Switch
+    curl 127.0.0.1:8000/collective_rpc -d '{"method": "steer", "kwargs": {"scale": 0}}'
+
+That mode's routes reach every method of a worker, and vLLM's --api-key does not guard them: keep them from the network.
+
+vLLM's workers take calls between steps, so a batch is drafted with one scale, and all workers change at the same step.
+What was drafted before is verified as ever: the output does not depend on the switch.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm_steer.serving.plan import MAX_SCALE
+
+logger = logging.getLogger("vllm.steer")
+
+
+class Switch:
+    """Mixed into vLLM's worker by `--worker-extension-cls`."""
+
+    def steer(self, scale: float | None = None) -> dict[str, Any]:
+        """Multiply every delta by `scale` from the next draft round on; 0 drafts like the plain drafter.
+
+        Without `scale` nothing changes. Returns {"rank", "scale"}, or {"rank", "error"} for an engine that is not
+        steered or a scale that is no number: what a worker raises would end its engine on some executors.
+        """
+        runner = self.model_runner
+        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        injection = getattr(drafter, "injection", None)
+        if injection is None:
+            return {"rank": self.rank, "error": "this engine is not steered"}
+        if scale is not None:
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= MAX_SCALE:
+                allowed = f"a number from -{MAX_SCALE} to {MAX_SCALE}"
+                return {"rank": self.rank, "error": f"scale is {scale!r}, allowed is {allowed}"}
+            if scale != injection.scale:
+                logger.warning("steering scale changes from %g to %g, on request", injection.scale, scale)
+            injection.scale = float(scale)
+        return {"rank": self.rank, "scale": injection.scale}

@@ -1,0 +1,1 @@
+"""The steered drafters of vLLM's two model runners."""

@@ -1,0 +1,115 @@
+"""V1 model runner: vLLM's draft-model proposer with the guides set and the rows named in each round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_steer.serving.injection import Injection
+from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.telemetry.block_counter import Blocks
+from vllm_steer.serving.telemetry.watchdog import Watch
+
+
+class SteeredDraftModelProposer(DraftModelProposer):
+    """Stands in for DraftModelProposer by name; for an unsteered drafter it does nothing of its own."""
+
+    injection: Injection | None = None
+    _verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
+        super().__init__(vllm_config=vllm_config, device=device, runner=runner)
+        self.runner = runner
+        self.plan = Plan.of(vllm_config)
+        if self.plan is not None:
+            runner.use_aux_hidden_state_outputs = True
+
+    def _get_model(self) -> nn.Module:
+        model = super()._get_model()
+        if self.plan is not None:
+            self.injection = attach(self.vllm_config, self.plan, model, self.device, self.dtype)
+        return model
+
+    def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
+        self._verified = spec_decode_metadata.num_draft_tokens
+        return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)
+
+    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().propose(*args, **kwargs)
+        finally:
+            self._verified = None
+            if self.injection is not None:
+                self.injection.off()
+
+    def set_inputs_first_pass(
+        self,
+        target_token_ids: Tensor,
+        next_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        token_indices_to_sample: Tensor | None,
+        cad: Any,
+        num_rejected_tokens_gpu: Tensor | None,
+    ) -> tuple[int, Tensor, Any]:
+        if self.injection is not None:
+            last_accepted = cad.query_start_loc[1:] - 1
+            if num_rejected_tokens_gpu is not None:
+                last_accepted = last_accepted - num_rejected_tokens_gpu
+            self.injection.set_guides(target_hidden_states[last_accepted])
+            if (blocks := self.injection.blocks) is not None:
+                first = cad.query_start_loc[:-1]
+                blocks.verified(
+                    self.runner.input_batch.req_ids[: cad.batch_size()],
+                    self._verified,
+                    start=cad.seq_lens - (cad.query_start_loc[1:] - first),
+                    accepted=last_accepted - first,
+                    steered=self.injection.scale != 0,
+                )
+        out = super().set_inputs_first_pass(
+            target_token_ids,
+            next_token_ids,
+            target_positions,
+            target_hidden_states,
+            token_indices_to_sample,
+            cad,
+            num_rejected_tokens_gpu,
+        )
+        if self.injection is not None:
+            _, newest, new_cad = out
+            batch = cad.batch_size()
+            prompt_len = torch.from_numpy(self.runner.input_batch.num_prompt_tokens[:batch])
+            self.injection.steer_window(
+                newest=newest.long(),
+                position=self.positions[newest],
+                first_row=new_cad.query_start_loc[:batch],
+                prompt_len=prompt_len.to(self.device, non_blocking=True),
+            )
+        return out
+
+    def _update_positions_dependent_metadata(
+        self, positions: Tensor, common_attn_metadata: Any, batch_size: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        # vLLM calls this once before every pass after the first.
+        if self.injection is not None:
+            self.injection.steer_drafts(batch_size)
+        return super()._update_positions_dependent_metadata(
+            positions, common_attn_metadata, batch_size, *args, **kwargs
+        )
+
+
+def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device, dtype: torch.dtype) -> Injection:
+    """Build the injection for this rank and wrap the freshly loaded draft model; the first rank counts blocks."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    rank = get_tensor_model_parallel_rank()
+    injection = Injection(plan, device, dtype, rank, get_tensor_model_parallel_world_size())
+    injection.attach(model)
+    if rank == 0:
+        injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device)
+        Watch(injection, injection.config.acceptance, vllm_config.parallel_config.data_parallel_index).start()
+    return injection

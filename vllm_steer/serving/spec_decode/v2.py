@@ -1,0 +1,86 @@
+"""V2 model runner: vLLM's stand-alone autoregressive speculator, steered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+from vllm_steer.serving.injection import Injection
+from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.spec_decode.v1 import attach
+
+
+class SteeredSpeculator(StandaloneARSpeculator):
+    """Built only for steered drafters."""
+
+    injection: Injection
+    needs_aux_hidden_states = True  # for a vLLM that asks (see patches.py)
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        model = super().load_draft_model(target_model, target_attn_layer_names)
+        self.injection = attach(self.vllm_config, Plan.of(self.vllm_config), model, self.device, self.dtype)
+        return model
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        *args: Any,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not dummy_run:
+            self._steer_first_pass(input_batch, aux_hidden_states, num_rejected)
+        try:
+            return super().propose(
+                input_batch,
+                attn_metadata,
+                slot_mappings,
+                last_hidden_states,
+                aux_hidden_states,
+                num_sampled,
+                num_rejected,
+                *args,
+                dummy_run=dummy_run,
+                **kwargs,
+            )
+        finally:
+            self.injection.off()
+
+    def _steer_first_pass(self, batch: Any, states: list[Tensor], num_rejected: Tensor) -> None:
+        n = batch.num_reqs
+        start = batch.query_start_loc[:n].long()
+        accepted = batch.query_start_loc[1 : n + 1] - batch.query_start_loc[:n] - num_rejected[:n]
+        last = start + accepted - 1
+        self.injection.set_guides(torch.cat([layer[last] for layer in states], dim=-1))
+        # With a grammar and asynchronous scheduling vLLM verifies fewer drafts than it says: those are not counted.
+        if (blocks := self.injection.blocks) is not None and not batch.has_structured_output_reqs:
+            blocks.verified(
+                batch.req_ids,
+                batch.num_draft_tokens_per_req,
+                start=batch.positions[start],
+                accepted=accepted - 1,
+                steered=self.injection.scale != 0,
+            )
+        # vLLM lays request i out one row later for every request before it: each gained its newest token.
+        first_row = start + torch.arange(n, device=start.device)
+        self.injection.steer_window(
+            newest=first_row + accepted,
+            position=batch.positions[start] + accepted,
+            first_row=first_row,
+            prompt_len=torch.from_numpy(batch.prefill_len_np[:n]).to(start.device, non_blocking=True),
+        )
+
+    def _multi_step_decode(self, input_batch: Any, num_rejected: Tensor, num_reqs: int, skip_attn: bool, *args: Any):
+        if not skip_attn:
+            self.injection.steer_drafts(num_reqs)
+        return super()._multi_step_decode(input_batch, num_rejected, num_reqs, skip_attn, *args)

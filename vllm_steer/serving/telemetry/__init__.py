@@ -1,0 +1,1 @@
+"""Counting blocks, watching acceptance, exporting metrics."""

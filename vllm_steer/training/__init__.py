@@ -1,0 +1,1 @@
+"""Training of steering modules and draft models."""

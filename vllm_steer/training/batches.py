@@ -1,0 +1,109 @@
+"""What a training reads: the rows of its data files, and batches with the target's states beside them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.provenance import fingerprint
+from vllm_steer.data.dataset import Row, collate, read_rows, split_rows, without_prompts
+from vllm_steer.data.response_file import meta_path
+from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.training.cache import StateCache
+from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
+
+logger = logging.getLogger("vllm.steer")
+
+
+def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
+    """Training rows of all files and held-out rows of the first, whose prompts no other file trains on.
+
+    Raises SteeringError for unreadable data, or data that another model than this target or drafter wrote.
+    """
+    identity = None
+    for path in config.data:
+        written_by = _writer(path)
+        if written_by is not None:
+            identity = identity or {fingerprint(name): name for name in (config.target, config.drafter)}
+            if written_by["fingerprint"] not in identity:
+                raise SteeringError(
+                    f"{path} was written by another model ({written_by['name']}) than the target {config.target} or "
+                    f"the drafter {config.drafter}: generate responses with one of these, or give that target"
+                )
+    first, *others = (read_rows(path, tokenizer, config.max_length) for path in config.data)
+    rows, held_out = split_rows(first)
+    for more in others:
+        rows += without_prompts(more, held_out)
+    return rows, held_out
+
+
+def _writer(path: str) -> dict[str, str] | None:
+    """Name and fingerprint of the model that wrote a data file, if `vllm-steer generate` made it."""
+    meta = meta_path(path)
+    if not meta.exists():
+        return None
+    try:
+        found = json.loads(meta.read_text(encoding="utf-8"))
+        if not found["complete"]:
+            logger.warning("%s is not complete: `vllm-steer generate --resume` finishes it", path)
+        return found["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SteeringError(f"{meta} is damaged ({error}): generate the responses again") from None
+
+
+class Batches:
+    """Batches by row number: ids, prompt lengths, and from the cache or the live target its states."""
+
+    def __init__(
+        self,
+        config: Any,
+        target: nn.Module,
+        drafter: nn.Module,
+        rows: list[Row],
+        settings: SteeringConfig,
+        arguments: Any,
+    ):
+        self.target, self.rows, self.layers = target, rows, settings.target_layer_ids
+        self.device, self.first_layer, self.cache = arguments.device, 0, None
+        if config.cache is None:
+            return
+        if config.mode == "steer" and settings.steered_layers[0] > 0:
+            if trunk_fits(drafter, settings.steered_layers[0], self._to_device(collate(rows[:1]))):
+                self.first_layer = settings.steered_layers[0]
+            else:
+                logger.info("a %s drafter cannot start at an upper layer: only the target's states are cached",
+                            drafter.config.model_type)  # fmt: skip
+        widths = {"states": 3 * settings.target.hidden_size, "final": settings.target.hidden_size}
+        made_from = {"target": fingerprint(config.target), "layers": self.layers, "precision": config.precision}
+        if self.first_layer:
+            widths["trunk"] = settings.drafter.hidden_size
+            made_from |= {"drafter": fingerprint(config.drafter), "first_layer": self.first_layer}
+
+        def read(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            batch = self._to_device(batch)
+            found = read_target(target, batch, self.layers)
+            return found | {"trunk": read_trunk(drafter, batch, self.first_layer)} if self.first_layer else found
+
+        with arguments.main_process_first(desc="caching states"):
+            self.cache = StateCache(config.cache, rows, widths, made_from)
+            self.cache.fill(read, config.batch_size)
+
+    def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        """What the data loader makes, on the CPU."""
+        return self.cache.batch(indices) if self.cache else collate([self.rows[i] for i in indices])
+
+    def complete(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the target's states and last hidden states, on the device."""
+        return batch if "final" in batch else batch | read_target(self.target, batch, self.layers)
+
+    def held(self, indices: range, size: int) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(indices), size):
+            yield self.complete(self._to_device(self.collate(list(indices[start : start + size]))))
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -1,0 +1,209 @@
+"""A drafter and its steering as one module, run and measured against the target, teacher forced.
+
+The input at position t is steered with the guide at t - d: when serving, the newest token sits one position after the
+state that produced it, and the drafts after it 2..k positions. Prompt positions are not steered.
+
+Shape legend: B rows, T tokens, N response positions of a batch, H target hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.drafters.steered.hf import attach, decoder_layers
+from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.training.losses import Distance, by_position, overlap
+
+OFFSET_RULES = {
+    "batch": "one distance d in 1..k for the whole batch",
+    "sequence": "one d per row",
+    "block": "blocks of k from a random start, one guide each, as when serving",
+}
+
+
+class Head:
+    """The end of a causal LM: last hidden states [N, H] -> logits [N, V], as its own forward computes them.
+
+    It is the model's forward around a decoder that returns what it is given, so scaling and soft caps are in it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        name = self.model.base_model_prefix
+        decoder = getattr(self.model, name)
+        setattr(self.model, name, _Given(hidden[None].to(self.model.dtype)))
+        try:
+            return self.model(input_ids=None, use_cache=False).logits[0]
+        finally:
+            setattr(self.model, name, decoder)
+
+
+class _Given(nn.Module):
+    def __init__(self, hidden: Tensor):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+class Pair(nn.Module):
+    """A drafter and its steering as one trainable module; `steering` is None when only the drafter trains.
+
+    Args:
+        target: gives the logits to compare with from its last hidden states; frozen, not a part of this module.
+        first_layer: m > 0: the drafter's first m layers are cut off, it reads the input of layer m (`trunk`).
+    """
+
+    def __init__(self, drafter: nn.Module, steering: Steering | None, target: nn.Module, first_layer: int = 0):
+        super().__init__()
+        self.drafter = drafter
+        self.steering = steering
+        self.first_layer = first_layer
+        self.loss: Distance = overlap
+        self._target_head = [Head(target)]  # in a list: not a submodule
+        self._cut = decoder_layers(drafter)[:first_layer]
+        if first_layer:
+            drafter.get_decoder().layers = decoder_layers(drafter)[first_layer:]
+        slots = [] if steering is None else [i - first_layer for i in steering.config.steered_layers]
+        self._injector = [attach(drafter, tuple(slots))] if slots else []
+
+    def hidden(self, batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
+        """The drafter's last hidden states [N, H2] at response positions, each steered from the state at `source`."""
+        if self._injector:
+            # Left in force after the forward: gradient checkpointing runs the layers again in the backward pass.
+            self._injector[0].deltas = None if source is None else lazy_deltas(self.steering, batch["states"], source)
+        given = (
+            {"inputs_embeds": batch["trunk"].to(self.drafter.dtype)}
+            if self.first_layer
+            else {"input_ids": batch["input_ids"]}
+        )
+        out = self.drafter.get_decoder()(**given, attention_mask=batch["attention_mask"], use_cache=False)
+        return out.last_hidden_state[response_mask(batch)]
+
+    def compare(self, functions: Sequence[Distance], batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
+        """Each function of (target logits, drafter logits) at the N response positions: float32 [len(functions), N]."""
+        final = batch["final"][response_mask(batch)]
+        heads = self._target_head[0], Head(self.drafter)
+        return by_position(functions, *heads, final, self.hidden(batch, source), self.drafter.config.vocab_size)
+
+    def forward(self, source: Tensor, **batch: Tensor) -> Tensor:
+        """The mean of `self.loss` over response positions, a scalar."""
+        return self.compare([self.loss], batch, source).mean()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What trains and nothing else: a resumable checkpoint need not carry frozen weights or tied copies."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse: frozen weights are not missed."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+        assert not strict or not (found.missing_keys or found.unexpected_keys), found
+        return found
+
+    def detach(self) -> None:
+        """Take the wrappers off the drafter and give it its first layers back, so that it saves as it came."""
+        for injector in self._injector:
+            injector.detach()
+        if self.first_layer:
+            self.drafter.get_decoder().layers = nn.ModuleList([*self._cut, *decoder_layers(self.drafter)])
+
+
+def guide_sources(rule: str, prompt_lengths: Tensor, length: int, k: int, rng: random.Random) -> Tensor:
+    """Which target state steers each position: int64 [B, T], -1 for none (the prompt, or before the first state)."""
+    position = torch.arange(length, device=prompt_lengths.device)
+    rows = len(prompt_lengths)
+    if rule == "block":
+        phase = torch.tensor([rng.randrange(k) for _ in range(rows)], device=position.device)
+        into = (position - prompt_lengths[:, None] + phase[:, None]) % k  # how far into its block
+        distance = into + 1
+    else:
+        count = 1 if rule == "batch" else rows
+        distance = torch.tensor([rng.randint(1, k) for _ in range(count)], device=position.device)[:, None]
+    return place_sources(position, distance, prompt_lengths)
+
+
+def place_sources(position: Tensor, distance: Tensor, prompt_lengths: Tensor) -> Tensor:
+    source = position - distance
+    return torch.where((position >= prompt_lengths[:, None]) & (source >= 0), source, -1)
+
+
+def lazy_deltas(steering: Steering, states: Tensor, source: Tensor) -> Callable[[int], Tensor]:
+    """slot -> deltas [B, T, F] of one steered layer, from states [B, T, 3H]; zero where `source` [B, T] is -1."""
+    guide = steering.compress(steering.guide(states.to(steering.fuse.weight.dtype)))
+    index = source.clamp(min=0)[..., None].expand(-1, -1, guide.shape[-1])
+    placed = guide.gather(1, index) * (source >= 0)[..., None]  # the projection has no bias: zero stays zero
+    return lambda slot: steering.delta(placed, slot)
+
+
+@torch.no_grad()
+def read_target(target: nn.Module, batch: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """The target's `states` [B, T, 3H], the inputs of three layers, and `final` [B, T, H], what its head reads."""
+    out = target.get_decoder()(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return {"states": torch.cat([out.hidden_states[i] for i in layers], dim=-1), "final": out.last_hidden_state}
+
+
+@torch.no_grad()
+def read_trunk(drafter: nn.Module, batch: dict[str, Tensor], first_layer: int) -> Tensor:
+    """The input of the drafter's layer `first_layer`, [B, T, H2]."""
+    keys = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return drafter.get_decoder()(**keys, output_hidden_states=True, use_cache=False).hidden_states[first_layer]
+
+
+@torch.no_grad()
+def trunk_fits(drafter: nn.Module, first_layer: int, batch: dict[str, Tensor]) -> bool:
+    """Whether the drafter computes the same when it starts at `first_layer` from what enters that layer.
+
+    Families that scale embeddings inside their decoder (Granite) do not.
+    """
+    decoder = drafter.get_decoder()
+    layers, real = decoder.layers, batch["attention_mask"].bool()
+    keys = {"attention_mask": batch["attention_mask"], "use_cache": False}
+    whole = decoder(input_ids=batch["input_ids"], output_hidden_states=True, **keys)
+    decoder.layers = layers[first_layer:]
+    try:
+        rest = decoder(inputs_embeds=whole.hidden_states[first_layer], **keys)
+    finally:
+        decoder.layers = layers
+    return torch.allclose(rest.last_hidden_state[real], whole.last_hidden_state[real], atol=1e-3, rtol=1e-3)
+
+
+def response_mask(batch: dict[str, Tensor]) -> Tensor:
+    """Bool [B, T]: real tokens after the prompt, the positions a drafter is fed when serving."""
+    position = torch.arange(batch["attention_mask"].shape[1], device=batch["attention_mask"].device)
+    return (position >= batch["prompt_lengths"][:, None]) & batch["attention_mask"].bool()
+
+
+def load_tokenizer(target: str, drafter: str) -> Any:
+    """The one tokenizer of both models. Raises SteeringError when one cannot be read, or they differ."""
+    from transformers import AutoTokenizer
+
+    try:
+        ours, theirs = (AutoTokenizer.from_pretrained(name) for name in (target, drafter))
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"cannot load the tokenizers of {target} and {drafter}: {error}") from error
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    if a != b:
+        token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
+        raise SteeringError(
+            f"the tokenizers of {target} and {drafter} differ: token {token!r} is {a.get(token)} in one and "
+            f"{b.get(token)} in the other; speculation needs one tokenizer, take a drafter of the target's family"
+        )
+    return theirs
