@@ -14,8 +14,8 @@ from typing import Any
 
 from vllm_steer import checkpoint, options, report
 from vllm_steer.config import SteeringConfig, SteeringError
+from vllm_steer.identity import difference, fingerprint
 from vllm_steer.options import option
-from vllm_steer.provenance import fingerprint
 
 CARD = "README.md"
 OURS = "<!-- written by vllm-steer push -->"  # a card without this line is its author's, and is kept
@@ -146,7 +146,8 @@ def _measured(bench: Path, directory: Path) -> str:
         raise SteeringError(
             f"{path} is not a benchmark's result ({error}): give an output of vllm-steer bench"
         ) from None
-    if fingerprint(directory / checkpoint.FOLDER) not in known:
+    mine = fingerprint(directory / checkpoint.FOLDER)
+    if all(difference(one, mine) for one in known):
         raise SteeringError(
             f"{bench} measured other steering weights than those of {directory}: a card claims only what was measured; "
             "run vllm-steer bench with this checkpoint"

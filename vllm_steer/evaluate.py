@@ -20,6 +20,7 @@ from typing import Any
 from vllm_steer import counting, options, provenance, report
 from vllm_steer.config import SteeringError, read_model_config, require_at_least, text_config
 from vllm_steer.contender import NONE, Contender, measure_in_a_process
+from vllm_steer.identity import difference
 from vllm_steer.options import option
 from vllm_steer.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 
@@ -156,7 +157,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     for contender in config.contenders:
         identity = contender.identity()
         known = {c["name"]: c for c in results["contenders"]}
-        if known.get(contender.name, {}).get("identity") == identity:
+        if difference(known.get(contender.name, {}).get("identity"), identity) is None:
             print(f"{contender.name}: measured already", flush=True)
         else:
             found = measure_in_a_process(contender, settings, prompts)
@@ -295,10 +296,10 @@ def _measured(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"cannot resume, {path} is not of a benchmark with --target: give a new directory"
         ) from None
     for key, value in settings.items():
-        if before.get(key) != value:
+        if what := difference(before.get(key), value):
             raise SteeringError(
-                f"{output} was measured with {key} {before.get(key)!r}, now it is {value!r}: give a new directory, or "
-                "the settings of before"
+                f"{output} was measured with {key} {before.get(key)!r}, now it is {value!r}: {what}; give a new "
+                "directory, or the settings of before"
             )
     return contenders
 

@@ -24,6 +24,7 @@ from vllm_steer import checkpoint, options
 from vllm_steer.batches import Batches, read_data
 from vllm_steer.config import SteeringConfig, SteeringError, require_at_least, require_one_of
 from vllm_steer.data import sha256
+from vllm_steer.identity import fingerprint
 from vllm_steer.losses import LOSSES
 from vllm_steer.options import option
 from vllm_steer.pair import OFFSET_RULES, Pair, guide_sources, load_model, load_models, load_tokenizer, measure
@@ -369,5 +370,6 @@ def _provenance(config: TrainConfig) -> dict[str, Any]:
     given["data"] = [public_name(path) for path in config.data]
     return {
         "command": options.command("train", given),
+        "identity": {"target": fingerprint(config.target), "drafter": fingerprint(config.drafter)},
         "data_sha256": {public_name(path): sha256(path) for path in config.data},
     } | origin("torch", "transformers")
