@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from vllm_steer import evaluate, responses, tensors, train
+from vllm_steer import card, evaluate, responses, tensors, train
 from vllm_steer.batches import read_data
 from vllm_steer.cache import StateCache
 from vllm_steer.config import SteeringError
@@ -380,11 +380,11 @@ def test_the_memory_lies_where_the_environment_says(tmp_path: Path, monkeypatch)
     assert tensors.memory() == tmp_path / ".cache/vllm-steer/tensors"
 
 
-def test_progress_is_shown_for_large_models(model: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("TQDM_DISABLE", "0")
+def test_progress_is_shown_when_reading_takes_long(model: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     code = "import sys; from vllm_steer import tensors; from vllm_steer.identity import fingerprint\n"
-    for least, shown in ((0, True), (2**30, False)):
-        more = f"tensors.SHOW_FROM = {least}; fingerprint(sys.argv[1])"
+    for least, shown in ((0, True), (60, False)):
+        more = f"tensors.SHOW_AFTER = {least}; fingerprint(sys.argv[1])"
         done = subprocess.run(
             [sys.executable, "-c", code + more, str(model)], capture_output=True, text=True, check=True
         )
@@ -469,6 +469,39 @@ def test_a_benchmark_of_other_weights_is_refused(model: Path, tmp_path: Path, ol
     (model / "model.safetensors").write_bytes(raw)
     with pytest.raises(SteeringError, match="measured with target_weights .*the weights (or config.json )?differ"):
         measured()
+
+
+@pytest.mark.parametrize("identify", [fingerprint, sampled_fingerprint], ids=["now", "old"])
+def test_a_resumed_benchmark_keeps_what_it_measured_of_these_weights(tmp_path: Path, monkeypatch, identify) -> None:
+    steered = Path(shutil.copytree(PAIR / "steered", tmp_path / "steered"))
+    recorded = {"drafter": str(steered), "adapter": None, "drafter_weights": identify(steered)}
+    kept = {"name": "s", "identity": recorded | {"steering_weights": identify(steered / "steering")}, "measured": 1}
+    monkeypatch.setattr(evaluate, "_encode", lambda *_: ([], [], 0))
+    monkeypatch.setattr(evaluate, "_measured", lambda *_: [json.loads(json.dumps(kept))])
+    monkeypatch.setattr(evaluate, "summarise", lambda *_: [])
+    monkeypatch.setattr(evaluate, "_write", lambda *_: None)
+    monkeypatch.setattr(evaluate, "measure_in_a_process", lambda *_: {"measured": 2})
+    config = evaluate.BenchConfig(
+        prompts="builtin", output=str(tmp_path), target=str(PAIR / "target"), drafters=(f"s={steered}",), resume=True
+    )
+    assert evaluate.bench(config)["contenders"] == [kept]
+    raw = bytearray((steered / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (steered / "model.safetensors").write_bytes(raw)
+    assert evaluate.bench(config)["contenders"][0]["measured"] == 2
+
+
+@pytest.mark.parametrize("identify", [fingerprint, sampled_fingerprint], ids=["now", "old"])
+def test_a_card_takes_a_table_of_these_steering_weights_only(tmp_path: Path, monkeypatch, identify) -> None:
+    steered = Path(shutil.copytree(PAIR / "steered", tmp_path / "steered"))
+    recorded = [{"identity": {"steering_weights": found}} for found in (None, identify(steered / "steering"))]
+    (tmp_path / "results.json").write_text(json.dumps({"contenders": recorded}))
+    monkeypatch.setattr(card.report, "table", lambda _: "the table")
+    assert card._measured(tmp_path, steered) == "the table"
+    weights = steered / "steering/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(SteeringError, match="measured other steering weights"):
+        card._measured(tmp_path, steered)
 
 
 def test_a_training_records_whose_weights_it_saw(model: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ENTRY_VERSION = 1
 REMEMBER_FROM = 16 * 2**20  # bytes of a file; smaller ones are read each time
-SHOW_FROM = 2**30  # bytes to read, from which progress is shown
+SHOW_AFTER = 1.0  # seconds of reading, after which progress is shown
 SETTLED_NS = 2 * 10**9  # a file changed this recently could change again within one tick of the file system's clock
 CHUNK = 2**23
 Entry = tuple[str, str, tuple[int, ...], str]  # name, dtype, shape, SHA-256 of the bytes
@@ -47,7 +47,7 @@ def tensors_of(files: Iterable[Path], name: str) -> list[Entry]:
     files = list(files)
     try:
         total = sum(path.stat().st_size for path in files)
-        with tqdm(total=total, desc=f"hashing {name}", unit="B", unit_scale=True, disable=total < SHOW_FROM) as bar:
+        with tqdm(total=total, desc=f"hashing {name}", unit="B", unit_scale=True, delay=SHOW_AFTER) as bar:
             return [entry for path in files for entry in _remembered(path, bar.update)]
     except OSError as error:
         raise SteeringError(f"cannot read the weights of {name} ({error}): copy the file again") from None
