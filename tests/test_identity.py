@@ -145,6 +145,10 @@ def test_shards_and_pickles_of_the_same_weights_are_the_same_model(model: Path, 
         loaded.save_pretrained(tmp_path / name, max_shard_size=size)
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
         found.append(fingerprint(tmp_path / name))
+    (tmp_path / "two/model.safetensors.index.json").unlink()
+    first, *_ = sorted((tmp_path / "two").glob("*.safetensors"))
+    first.rename(first.with_name("z.safetensors"))  # the shards in another order
+    found.append(fingerprint(tmp_path / "two"))
     state, pickled = load_file(model / "model.safetensors"), Path(shutil.copytree(model, tmp_path / "pickled"))
     (pickled / "model.safetensors").unlink()
     half = len(state) // 2
@@ -178,7 +182,9 @@ def test_a_hub_id_is_the_directory_of_its_revision(model: Path, tmp_path: Path, 
         (repository / "refs").mkdir(parents=True, exist_ok=True)
         (repository / "refs" / ref).write_text(commit)
         shutil.copytree(model, repository / "snapshots" / commit)
-    change_weights(repository / "snapshots/4567abcd")
+    raw = bytearray((model / "model.safetensors").read_bytes())
+    raw[-1] ^= 1  # seen by both versions
+    (repository / "snapshots/4567abcd/model.safetensors").write_bytes(raw)
     assert fingerprint("someone/tiny") == fingerprint(model)
     tuned = fingerprint("someone/tiny", "tuned")
     assert tuned == fingerprint(repository / "snapshots/4567abcd") != fingerprint(model)
@@ -220,9 +226,10 @@ def test_a_lora_beside_an_indexed_model_is_seen(model: Path) -> None:
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(model, max_shard_size="4MB")
     (model / "adapter_config.json").write_text("{}")
     save_file({"a": torch.zeros(2)}, model / "adapter_model.safetensors")
-    before = fingerprint(model)
+    before, old = fingerprint(model), sampled_fingerprint(model)
     save_file({"a": torch.ones(2)}, model / "adapter_model.safetensors")
     assert difference(before, fingerprint(model)) == "the weights differ"
+    assert sampled_fingerprint(model) == old, "version 1 read what the index names"
 
 
 # --- records of version 1 -------------------------------------------------------------------------------------------
@@ -415,6 +422,18 @@ def test_a_cache_of_other_weights_is_refused(model: Path, tmp_path: Path, old: b
         SteeringError, match="was made with target .*the weights (or config.json )?differ; give another"
     ):
         cache(tmp_path / "cache", model)
+
+
+def test_training_refuses_the_cache_of_another_target(model: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt_ids": [5, 6 + i], "response_ids": [7, 8, 9]}) for i in range(30)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
+    settings = {"target": str(model), "drafter": str(PAIR / "drafter"), "data": (str(tmp_path / "data.jsonl"),)}
+    settings |= {"cache": str(tmp_path / "cache"), "steps": 0}
+    train.train(train.TrainConfig(**settings, output=str(tmp_path / "first")))
+    train.train(train.TrainConfig(**settings, output=str(tmp_path / "second")))
+    change_weights(model)
+    with pytest.raises(SteeringError, match="cache was made with target .*: the weights differ; give another --cache"):
+        train.train(train.TrainConfig(**settings, output=str(tmp_path / "third")))
 
 
 @pytest.mark.parametrize(

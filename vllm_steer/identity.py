@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def fingerprint(model: str | Path, revision: str | None = None, *, tokenizer: bo
     parts = [_config_digest(model, directory)]
     if tokenizer:
         parts.append(_files_digest(directory, TOKENIZER_FILES, TOKENIZER_VOLATILE))
-    files = [path for path in files if path.name not in NOT_WEIGHTS]
+    files = [path for path in _with_adapters(directory, files) if path.name not in NOT_WEIGHTS]
     parts.insert(0, _digest(sorted(tensors_of(files, str(model)))))
     found = Identity(":".join([VERSION, *parts]))
     found.model, found.revision = str(model), revision
@@ -166,7 +165,7 @@ def _locate(model: str, revision: str | None) -> tuple[Path, list[Path]]:
             raise SteeringError(f"{model} is a LoRA adapter without its base model: merge it, and give the whole model")
         index = next(iter(sorted(directory.glob(f"{pattern}.index.json"))), None)
         if index is not None:  # a repository may hold other copies beside the files its index names
-            return directory, [*(directory / name for name in _indexed(index)), *_adapters(directory, pattern)]
+            return directory, [directory / name for name in _indexed(index)]
         if found := sorted(directory.glob(pattern)):
             return directory, found
     if any(directory.glob("*.gguf")):
@@ -176,10 +175,11 @@ def _locate(model: str, revision: str | None) -> tuple[Path, list[Path]]:
     raise SteeringError(f"{model} has no weights (*.safetensors or *.bin): give a model directory or a hub id")
 
 
-def _adapters(directory: Path, pattern: str) -> Iterator[Path]:
-    """A LoRA that lies beside a whole model, where transformers applies it; an index does not name it."""
-    if (directory / "adapter_config.json").is_file():
-        yield from sorted(directory.glob(f"adapter_model{pattern.removeprefix('*')}"))
+def _with_adapters(directory: Path, files: list[Path]) -> list[Path]:
+    """The files, and a LoRA that lies beside them, where transformers applies it: an index does not name it."""
+    if not (directory / "adapter_config.json").is_file():
+        return files
+    return sorted({*files, *directory.glob("adapter_model.safetensors"), *directory.glob("adapter_model.bin")})
 
 
 def _indexed(index: Path) -> list[str]:
