@@ -425,7 +425,7 @@ def test_a_cache_of_other_weights_is_refused(model: Path, tmp_path: Path, old: b
 
 
 def test_training_refuses_the_cache_of_another_target(model: Path, tmp_path: Path) -> None:
-    rows = [json.dumps({"prompt_ids": [5, 6 + i], "response_ids": [7, 8, 9]}) for i in range(30)]
+    rows = [json.dumps({"prompt_ids": [5, 6 + i], "response_ids": [7, 8, 9, 10, 11, 12, 13]}) for i in range(30)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows) + "\n")
     settings = {"target": str(model), "drafter": str(PAIR / "drafter"), "data": (str(tmp_path / "data.jsonl"),)}
     settings |= {"cache": str(tmp_path / "cache"), "steps": 0}
