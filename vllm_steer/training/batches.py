@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.common.provenance import fingerprint
+from vllm_steer.common.identity import difference, fingerprint
 from vllm_steer.data.dataset import Row, collate, read_rows, split_rows, without_prompts
 from vllm_steer.data.response_file import meta_path
 from vllm_steer.drafters.steered.config import SteeringConfig
@@ -30,10 +30,11 @@ def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
         written_by = _writer(path)
         if written_by is not None:
             identity = identity or {fingerprint(name): name for name in (config.target, config.drafter)}
-            if written_by["fingerprint"] not in identity:
+            if all(what := [difference(written_by["fingerprint"], mine) for mine in identity]):
                 raise SteeringError(
                     f"{path} was written by another model ({written_by['name']}) than the target {config.target} or "
-                    f"the drafter {config.drafter}: generate responses with one of these, or give that target"
+                    f"the drafter {config.drafter}: {what[0]} from the target's; generate responses with one of these, "
+                    "or give that target"
                 )
     first, *others = (read_rows(path, tokenizer, config.max_length) for path in config.data)
     rows, held_out = split_rows(first)
@@ -79,10 +80,15 @@ class Batches:
                 logger.info("a %s drafter cannot start at an upper layer: only the target's states are cached",
                             drafter.config.model_type)  # fmt: skip
         widths = {"states": 3 * settings.target.hidden_size, "final": settings.target.hidden_size}
-        made_from = {"target": fingerprint(config.target), "layers": self.layers, "precision": config.precision}
+        # Without the tokenizer: the rows' token ids are compared themselves.
+        made_from = {
+            "target": fingerprint(config.target, tokenizer=False),
+            "layers": self.layers,
+            "precision": config.precision,
+        }
         if self.first_layer:
             widths["trunk"] = settings.drafter.hidden_size
-            made_from |= {"drafter": fingerprint(config.drafter), "first_layer": self.first_layer}
+            made_from |= {"drafter": fingerprint(config.drafter, tokenizer=False), "first_layer": self.first_layer}
 
         def read(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             batch = self._to_device(batch)

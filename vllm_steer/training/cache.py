@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.identity import difference
 from vllm_steer.data.dataset import Row, collate
 from vllm_steer.data.response_file import write_json
 
@@ -91,10 +92,10 @@ class StateCache:
             raise SteeringError(f"{path} is damaged ({error}): delete {self.directory} and start again") from None
         wanted = json.loads(json.dumps(self.made_from))
         for key in sorted(wanted.keys() | found.keys()):
-            if found.get(key) != wanted.get(key):
+            if what := difference(found.get(key), self.made_from.get(key)):
                 raise SteeringError(
                     f"{self.directory} was made with {key} {found.get(key)}, this run has {wanted.get(key)}: "
-                    "give another --cache directory, or delete this one"
+                    f"{what}; give another --cache directory, or delete this one"
                 )
         for name, width in self.widths.items():
             kept = self.directory / f"{name}.bin"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
+from vllm_steer.common.identity import fingerprint
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data.dataset import sha256
@@ -373,5 +374,6 @@ def _provenance(config: TrainConfig) -> dict[str, Any]:
     given["data"] = [public_name(path) for path in config.data]
     return {
         "command": options.command("train", given),
+        "identity": {"target": fingerprint(config.target), "drafter": fingerprint(config.drafter)},
         "data_sha256": {public_name(path): sha256(path) for path in config.data},
     } | origin("torch", "transformers")
