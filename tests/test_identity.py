@@ -351,7 +351,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(model: Path, monkeypatc
 CHILD = """
 import sys, time
 from pathlib import Path
-from vllm_steer.common import tensor_hashes
+from vllm_steer.common import tensor_hashes as tensors
 tensors.REMEMBER_FROM = tensors.SETTLED_NS = 0
 read = tensors._read
 def slow(path, advance):
@@ -393,7 +393,7 @@ def test_the_memory_lies_where_the_environment_says(tmp_path: Path, monkeypatch)
 
 def test_progress_is_shown_when_reading_takes_long(model: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    code = "import sys; from vllm_steer import tensors; from vllm_steer.common.identity import fingerprint\n"
+    code = "import sys; from vllm_steer.common import identity, tensor_hashes as tensors\nfingerprint = identity.fingerprint\n"
     for least, shown in ((0, True), (60, False)):
         more = f"tensors.SHOW_AFTER = {least}; fingerprint(sys.argv[1])"
         done = subprocess.run(
@@ -507,11 +507,11 @@ def test_a_resumed_benchmark_keeps_what_it_measured_of_these_weights(tmp_path: P
     config = run.BenchConfig(
         prompts="builtin", output=str(tmp_path), target=str(PAIR / "target"), drafters=(f"s={steered}",), resume=True
     )
-    assert run.bench(config)["contenders"] == [kept]
+    assert run.benchmark(config)["contenders"] == [kept]
     raw = bytearray((steered / "model.safetensors").read_bytes())
     raw[-1] ^= 1
     (steered / "model.safetensors").write_bytes(raw)
-    assert run.bench(config)["contenders"][0]["measured"] == 2
+    assert run.benchmark(config)["contenders"][0]["measured"] == 2
 
 
 @pytest.mark.parametrize("identify", [fingerprint, sampled_fingerprint], ids=["now", "old"])
