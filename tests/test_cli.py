@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -139,3 +140,14 @@ def test_train_is_handed_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "run", lambda args: seen.update(vars(args)))
     assert cli.main(["train", "--target", "T", "--drafter", "D", "--data", "x.jsonl", "--output", "out"]) == 0
     assert (seen["target"], seen["output"]) == ("T", "out")
+
+
+def test_what_the_package_logs_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def check(args: object) -> None:
+        logging.getLogger("vllm_steer.training.batches").info("only the target's states are cached")
+
+    monkeypatch.setattr(cli, "_check", check)
+    for _ in range(2):  # and once per line, however often the function is called
+        assert cli.main(["check", "x"]) == 0
+        assert capsys.readouterr().err == "INFO: only the target's states are cached\n"
+    assert not logging.getLogger("vllm_steer").handlers

@@ -393,7 +393,8 @@ def test_the_memory_lies_where_the_environment_says(tmp_path: Path, monkeypatch)
 
 def test_progress_is_shown_when_reading_takes_long(model: Path, monkeypatch, capfd: pytest.CaptureFixture) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    code = "import sys; from vllm_steer.common import identity, tensor_hashes as tensors\nfingerprint = identity.fingerprint\n"
+    code = "import sys; from vllm_steer.common import identity, tensor_hashes as tensors\n"
+    code += "fingerprint = identity.fingerprint\n"
     for least, shown in ((0, True), (60, False)):
         more = f"tensors.SHOW_AFTER = {least}; fingerprint(sys.argv[1])"
         done = subprocess.run(

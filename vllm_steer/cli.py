@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from vllm_steer import __version__
 from vllm_steer.common.errors import SteeringError
@@ -74,16 +76,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = _parser(argv)
-        args, args.rest = parser.parse_known_args(argv)
-        if args.rest and args.verb not in PASSES_ON:
-            parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
-        return args.function(args) or 0
+        args, rest = parser.parse_known_args(argv)
+        if rest and args.verb not in PASSES_ON:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.rest = rest
+        with _logging_to_stderr():
+            return args.function(args) or 0
     except SteeringError as error:
         print(f"vllm-steer: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vllm-steer: interrupted", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Show this package's log from INFO up. What runs inside vLLM logs below its logger, which vLLM configures."""
+    ours, handler = logging.getLogger("vllm_steer"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    before = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.training.cache import StateCache
 from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
 
-logger = logging.getLogger("vllm.steer")
+logger = logging.getLogger(__name__)
 
 
 def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
