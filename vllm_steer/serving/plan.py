@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer import checkpoint
-from vllm_steer.config import SteeringConfig, SteeringError, check_pair, text_config
+from vllm_steer.config import SteeringConfig, SteeringError, check_pair
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.steer")
 
 KILL_SWITCH = "STEER_DISABLE"  # without the VLLM_ prefix: vLLM warns about, or refuses, names it does not know
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # where both model runners look for the target's layer ids
 PLAN = "vllm_steer_plan"
 OP_VERSION = 1  # raise when the injected computation changes: it salts the compile caches
@@ -131,19 +132,32 @@ def _draft_model(vllm_config: VllmConfig) -> Any:
 
 
 def disabled() -> bool:
-    """Whether the kill switch is set: any value but empty and 0."""
-    return os.environ.get(KILL_SWITCH, "0") not in ("", "0")
+    """Whether the kill switch is on. The spellings of SWITCH count in any case; an empty value is as good as none.
+
+    Raises SteeringError for any other spelling.
+    """
+    value = os.environ.get(KILL_SWITCH, "").strip()
+    if value and value.lower() not in SWITCH:
+        on, off = (", ".join(word for word, means in SWITCH.items() if means is side) for side in (True, False))
+        raise SteeringError(
+            f"the environment variable {KILL_SWITCH} is {value!r}, allowed are {on} to serve steered drafters "
+            f"unsteered, and {off} or nothing to steer them: set one of these, or unset it"
+        )
+    return SWITCH.get(value.lower(), False)
 
 
 def prepare(vllm_config: VllmConfig) -> None:
     """Look at a new engine configuration; if it names a steered drafter, check everything and write the plan.
 
-    Raises SteeringError for a steered drafter that cannot be served as asked. Leaves all others untouched.
+    Raises SteeringError for a steered drafter that cannot be served as asked, for any drafter with prompt embeddings,
+    and for a kill switch that is neither on nor off. Leaves all others untouched.
     """
+    off = disabled()
     options = Options.read(vllm_config.additional_config)
+    _refuse_prompt_embeds(vllm_config)
     draft = _draft_model(vllm_config)
     if draft is None:
-        if options.adapter is not None and not disabled():
+        if options.adapter is not None and not off:
             raise SteeringError(
                 f"additional-config names the steering adapter {options.adapter!r}, but no draft model is configured: "
                 "give --speculative-config with the adapter's base drafter as model"
@@ -154,7 +168,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     source, revision = _source(draft, options)
     if source is None:
         return
-    if disabled():
+    if off:
         logger.warning("%s is set: the steered drafter %s runs unsteered", KILL_SWITCH, source)
         setattr(draft.hf_config, PLAN, Written())  # not every worker is given this process's environment
         return
@@ -178,6 +192,17 @@ def prepare(vllm_config: VllmConfig) -> None:
     )
     setattr(draft.hf_config, LAYER_IDS, list(config.target_layer_ids))
     setattr(draft.hf_config, PLAN, Written(dataclasses.asdict(plan)))
+
+
+def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
+    """Refuse, for steered and plain drafters alike, what would end the engine with the first such request."""
+    spec, model = vllm_config.speculative_config, vllm_config.model_config
+    if spec is not None and getattr(model, "enable_prompt_embeds", False):
+        raise SteeringError(
+            f"prompt embeddings (--enable-prompt-embeds) are on together with speculative decoding ({spec.method}), "
+            "and a drafter needs the ids of the prompt's tokens: drop --enable-prompt-embeds, or "
+            "--speculative-config"
+        )
 
 
 def _source(draft: Any, options: Options) -> tuple[str | None, str | None]:
@@ -230,21 +255,6 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "rejection_sample_method is 'block', which vLLM's V1 runner ignores: drop it, or use the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
-    if not v2 and has_sliding_window(draft.hf_config):
-        if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-            raise SteeringError(
-                f"the drafter {draft.model!r} has sliding-window layers; vLLM's V1 runner then mixes "
-                "up the KV cache groups of target and drafter and even the target's own output is wrong: add "
-                "--disable-hybrid-kv-cache-manager, or use the V2 runner"
-            )
-
-
-def has_sliding_window(hf_config: Any) -> bool:
-    """Whether any layer of a transformers config attends to a window only."""
-    config = text_config(hf_config)
-    if (kinds := getattr(config, "layer_types", None)) is not None:
-        return "sliding_attention" in kinds
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _require_shares(vllm_config: VllmConfig, width: int) -> None:
