@@ -76,8 +76,8 @@ class SteeredDraftModelProposer(DraftModelProposer):
             target_positions,
             target_hidden_states,
             token_indices_to_sample,
-            cad=cad,
-            num_rejected_tokens_gpu=num_rejected_tokens_gpu,
+            cad,
+            num_rejected_tokens_gpu,
         )
         if self.injection is not None:
             _, newest, new_cad = out

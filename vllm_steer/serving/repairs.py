@@ -89,10 +89,27 @@ class OwnKVCacheGroups:
         others = {group.kv_cache_group_id for group in groups} - {self.kv_cache_gid}
         self._slots = {i: torch.full_like(self._slot_mapping_buffer, PADDING_SLOT) for i in others}
 
-    def set_inputs_first_pass(self, *args: Any, cad: Any, **kwargs: Any) -> tuple[int, Tensor, Any]:
+    def set_inputs_first_pass(
+        self,
+        target_token_ids: Tensor,
+        next_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        token_indices_to_sample: Tensor | None,
+        cad: Any,
+        num_rejected_tokens_gpu: Tensor | None,
+    ) -> tuple[int, Tensor, Any]:
         """As vLLM's, with the block table of the drafter's first group; all later passes use what this returns."""
         own = self._block_table(self.kv_cache_gid).get_device_tensor(cad.num_reqs)
-        return super().set_inputs_first_pass(*args, cad=cad.replace(block_table_tensor=own), **kwargs)
+        return super().set_inputs_first_pass(
+            target_token_ids,
+            next_token_ids,
+            target_positions,
+            target_hidden_states,
+            token_indices_to_sample,
+            cad.replace(block_table_tensor=own),
+            num_rejected_tokens_gpu,
+        )
 
     def build_per_group_and_layer_attn_metadata(
         self, common_attn_metadata: Any, draft_index: int = 0
