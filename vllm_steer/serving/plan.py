@@ -195,12 +195,16 @@ def prepare(vllm_config: VllmConfig) -> None:
 
 
 def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
-    """Refuse, for steered and plain drafters alike, what would end the engine with the first such request."""
-    spec, model = vllm_config.speculative_config, vllm_config.model_config
-    if spec is not None and getattr(model, "enable_prompt_embeds", False):
+    """Refuse a drafter, steered or plain, whose prompts may have no token ids: the first one ends vLLM's V1 engine, and
+    V2 drafts from other ids than the prompt's. N-grams do without them."""
+    spec = vllm_config.speculative_config
+    if spec is None or not getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+        return
+    v1 = not getattr(vllm_config, "use_v2_model_runner", False)
+    if spec.uses_draft_model() or (v1 and spec.use_eagle()):
         raise SteeringError(
-            f"prompt embeddings (--enable-prompt-embeds) are on together with speculative decoding ({spec.method}), "
-            "and a drafter needs the ids of the prompt's tokens: drop --enable-prompt-embeds, or "
+            f"prompt embeddings (--enable-prompt-embeds) do not work with the drafter of this server ({spec.method}), "
+            "which needs the token ids of every prompt: drop --enable-prompt-embeds, or serve without "
             "--speculative-config"
         )
 
