@@ -256,16 +256,15 @@ def test_dtypes_and_quantization(tmp_path: Path) -> None:
         assert (found.status, found.seen) == (OK, f"target {method}, drafter none")
 
 
-def test_sliding_window(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runner", ["0", "1"])
+def test_sliding_window(runner: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both runners serve them, without any option."""
     keys = {"layer_types": ["sliding_attention"], "sliding_window": 64, "use_sliding_window": True}
     case = pair_case(drafter=changed(STEERED, tmp_path / "sliding", **keys))
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    found = one(checks.sliding_window, case)
-    assert found.status == WARNING and "--disable-hybrid-kv-cache-manager" in found.remedy
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
     case.checkpoint = case.drafter
-    assert one(checks.front_end, case).status == OK, "with that option"
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert one(checks.sliding_window, case).status == OK
+    assert one(checks.front_end, case).status == OK
+    assert not case.engine.scheduler_config.disable_hybrid_kv_cache_manager
 
 
 def test_tensor_parallel_shares() -> None:

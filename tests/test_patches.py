@@ -218,7 +218,7 @@ def patched(tree: Callable[..., Path]) -> Iterator[Callable[[str], engines.Runne
 
     def get(name: str) -> engines.Runner:
         if name not in live:
-            live[name] = engines.Runner(name, __file__, PYTHONPATH=str(tree(*FILES)))
+            live[name] = engines.Runner(name, __file__, PYTHONPATH=f"{tree(*FILES)}{os.pathsep}{PATCHES.parent}")
         return live[name]
 
     yield get

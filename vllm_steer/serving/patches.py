@@ -16,7 +16,7 @@ from typing import Any
 import wrapt
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.serving import plan
+from vllm_steer.serving import plan, repairs
 
 logger = logging.getLogger("vllm.steer")
 
@@ -51,7 +51,7 @@ def _join(place: str, hook: Callable[..., Any]) -> Undo | None:
 
 
 def _asked(place: str) -> Undo | None:
-    """vLLM's own way is to ask our class; that it does is seen by the default at `place`."""
+    """vLLM's own way is to ask a class, ours or its own; that it does is seen by what is at `place`."""
     return None if _find(place) is None else _nothing
 
 
@@ -66,18 +66,9 @@ def _nothing() -> None:
     pass
 
 
-def _kernel_writes() -> Undo | None:
-    """vLLM's own way is its function as it stands, once that gives the right result on a CPU."""
-    import torch
-
-    try:
-        from vllm.utils.cpu_triton_utils import _expand_kernel_impl
-
-        output = torch.zeros(3)
-        _expand_kernel_impl(output, torch.tensor([0.5, 2.0]), torch.tensor([2, 3], dtype=torch.int32), 2, 1)
-    except (ImportError, AttributeError, TypeError):  # not a CPU build, or another signature
-        return None
-    return _nothing if output.tolist() == [0.5, 0.5, 1.0] else None
+def _sound(asked: Callable[[], bool]) -> Undo | None:
+    """vLLM's own way is its function as it stands, once that gives the right result."""
+    return _nothing if asked() else None
 
 
 # --- our side ------------------------------------------------------------------------------------------------------
@@ -134,21 +125,6 @@ def _load_with_states(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
-def _expand_that_writes(original: Callable[..., Any]) -> Callable[..., Any]:
-    import torch
-
-    @functools.wraps(original)
-    def expand_batch_to_tokens(
-        x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
-    ) -> torch.Tensor:
-        if x.device.type != "cpu":
-            return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)
-        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
-        return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts)
-
-    return expand_batch_to_tokens
-
-
 SEAMS = (
     Seam(
         module="vllm.config.vllm",
@@ -201,8 +177,8 @@ SEAMS = (
     Seam(
         module="vllm.v1.sample.rejection_sampler",
         name="expand_batch_to_tokens",
-        make=_expand_that_writes,
-        upstream=_kernel_writes,
+        make=repairs.expand_that_writes,
+        upstream=lambda: _sound(repairs.expand_writes),
         why=(
             "a defect of vLLM 0.32 on CPU: per-request temperatures are cast to int64 and expanded into a copy that is "
             "thrown away, so sampled speculation divides by uninitialised memory and does not have the target's "
@@ -211,6 +187,40 @@ SEAMS = (
         remove_when="vllm/utils/cpu_triton_utils.py:_expand_kernel_impl writes fractions into the tensor it is given",
         runner="v1",
         required=False,
+    ),
+    Seam(
+        module="vllm.v1.sample.ops.topk_topp_sampler",
+        name="apply_top_k_only",
+        make=repairs.top_k_of_no_rows,
+        upstream=lambda: _sound(repairs.top_k_takes_no_rows),
+        why=(
+            "a defect of vLLM 0.32 on CPU: top_k without top_p takes the maximum of no rows when no drafts are to be "
+            "verified, which ends the engine"
+        ),
+        remove_when="vllm/v1/sample/ops/topk_topp_sampler.py:apply_top_k_only accepts logits without rows",
+        runner="v1",
+        required=False,
+    ),
+    Seam(
+        module="vllm.v1.spec_decode.draft_model",
+        name="DraftModelProposer",
+        make=repairs.in_own_kv_cache_groups,
+        upstream=functools.partial(
+            _asked, "vllm.v1.spec_decode.draft_model:DraftModelProposer.common_attn_metadata_of_group"
+        ),
+        why=(
+            "a defect of vLLM 0.32: a draft model is given the block table of KV cache group 0 and overwrites the "
+            "target's KV cache where that group is not its own; layers in several groups end the engine"
+        ),
+        remove_when="the V1 runner gives a draft model the block tables of its own KV cache groups",
+        needs=tuple(
+            f"vllm.v1.spec_decode.draft_model:DraftModelProposer.{name}"
+            for name in (
+                *("initialize_attn_backend", "set_inputs_first_pass", "_get_slot_mapping"),
+                "build_per_group_and_layer_attn_metadata",
+            )
+        ),
+        runner="v1",
     ),
 )
 

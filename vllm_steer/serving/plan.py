@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.steer")
 
 KILL_SWITCH = "STEER_DISABLE"  # without the VLLM_ prefix: vLLM warns about, or refuses, names it does not know
+SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # where both model runners look for the target's layer ids
 PLAN = "vllm_steer_plan"
 OP_VERSION = 1  # raise when the injected computation changes: it salts the compile caches
@@ -133,19 +133,32 @@ def _draft_model(vllm_config: VllmConfig) -> Any:
 
 
 def disabled() -> bool:
-    """Whether the kill switch is set: any value but empty and 0."""
-    return os.environ.get(KILL_SWITCH, "0") not in ("", "0")
+    """Whether the kill switch is on. The spellings of SWITCH count in any case; an empty value is as good as none.
+
+    Raises SteeringError for any other spelling.
+    """
+    value = os.environ.get(KILL_SWITCH, "").strip()
+    if value and value.lower() not in SWITCH:
+        on, off = (", ".join(word for word, means in SWITCH.items() if means is side) for side in (True, False))
+        raise SteeringError(
+            f"the environment variable {KILL_SWITCH} is {value!r}, allowed are {on} to serve steered drafters "
+            f"unsteered, and {off} or nothing to steer them: set one of these, or unset it"
+        )
+    return SWITCH.get(value.lower(), False)
 
 
 def prepare(vllm_config: VllmConfig) -> None:
     """Look at a new engine configuration; if it names a steered drafter, check everything and write the plan.
 
-    Raises SteeringError for a steered drafter that cannot be served as asked. Leaves all others untouched.
+    Raises SteeringError for a steered drafter that cannot be served as asked, for any drafter with prompt embeddings,
+    and for a kill switch that is neither on nor off. Leaves all others untouched.
     """
+    off = disabled()
     options = Options.read(vllm_config.additional_config)
+    _refuse_prompt_embeds(vllm_config)
     draft = _draft_model(vllm_config)
     if draft is None:
-        if options.adapter is not None and not disabled():
+        if options.adapter is not None and not off:
             raise SteeringError(
                 f"additional-config names the steering adapter {options.adapter!r}, but no draft model is configured: "
                 "give --speculative-config with the adapter's base drafter as model"
@@ -156,7 +169,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     source, revision = _source(draft, options)
     if source is None:
         return
-    if disabled():
+    if off:
         logger.warning("%s is set: the steered drafter %s runs unsteered", KILL_SWITCH, source)
         setattr(draft.hf_config, PLAN, Written())  # not every worker is given this process's environment
         return
@@ -180,6 +193,21 @@ def prepare(vllm_config: VllmConfig) -> None:
     )
     setattr(draft.hf_config, LAYER_IDS, list(config.target_layer_ids))
     setattr(draft.hf_config, PLAN, Written(dataclasses.asdict(plan)))
+
+
+def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
+    """Refuse a drafter, steered or plain, whose prompts may have no token ids: the first one ends vLLM's V1 engine, and
+    V2 drafts from other ids than the prompt's. N-grams do without them."""
+    spec = vllm_config.speculative_config
+    if spec is None or not getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+        return
+    v1 = not getattr(vllm_config, "use_v2_model_runner", False)
+    if spec.uses_draft_model() or (v1 and spec.use_eagle()):
+        raise SteeringError(
+            f"prompt embeddings (--enable-prompt-embeds) do not work with the drafter of this server ({spec.method}), "
+            "which needs the token ids of every prompt: drop --enable-prompt-embeds, or serve without "
+            "--speculative-config"
+        )
 
 
 def _source(draft: Any, options: Options) -> tuple[str | None, str | None]:
@@ -232,21 +260,6 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             "rejection_sample_method is 'block', which vLLM's V1 runner ignores: drop it, or use the V2 runner "
             "(VLLM_USE_V2_MODEL_RUNNER=1)"
         )
-    if not v2 and has_sliding_window(draft.hf_config):
-        if not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-            raise SteeringError(
-                f"the drafter {draft.model!r} has sliding-window layers; vLLM's V1 runner then mixes "
-                "up the KV cache groups of target and drafter and even the target's own output is wrong: add "
-                "--disable-hybrid-kv-cache-manager, or use the V2 runner"
-            )
-
-
-def has_sliding_window(hf_config: Any) -> bool:
-    """Whether any layer of a transformers config attends to a window only."""
-    config = text_config(hf_config)
-    if (kinds := getattr(config, "layer_types", None)) is not None:
-        return "sliding_attention" in kinds
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
 def _require_shares(vllm_config: VllmConfig, width: int) -> None:

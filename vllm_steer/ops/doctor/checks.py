@@ -180,17 +180,6 @@ def quantization_method(hf_config: Any) -> str | None:
     return (raw if isinstance(raw, dict) else raw.to_dict()).get("quant_method", "unknown") if raw else None
 
 
-def sliding_window(case: Case) -> Iterable[Finding]:
-    """Sliding-window drafters need an option on V1."""
-    if not plan.has_sliding_window(case.drafter_config):
-        yield Finding("sliding window", OK, "none in the drafter")
-    elif "v1" in introspection.runners():
-        seen = "in the drafter: with it vLLM's V1 runner mixes up KV cache groups"
-        yield Finding("sliding window", WARNING, seen, "start with --disable-hybrid-kv-cache-manager, or on V2")
-    else:
-        yield Finding("sliding window", OK, "in the drafter, which V2 serves")
-
-
 def tensor_parallel(case: Case) -> Iterable[Finding]:
     """Every rank gets an equal share of the drafter's FFN."""
     width, size = case.config.drafter.intermediate_size, case.tensor_parallel_size
@@ -209,7 +198,6 @@ def hidden_states(case: Case) -> Iterable[Finding]:
 
 def front_end(case: Case) -> Iterable[Finding]:
     """vLLM and the plugin accept the whole configuration, as they would be asked by `vllm-steer serve`."""
-    sliding = plan.has_sliding_window(case.drafter_config) and "v1" in introspection.runners()
     case.engine = introspection.rehearse(
         case.target,
         speculative(case.config, case.drafter),
@@ -217,7 +205,6 @@ def front_end(case: Case) -> Iterable[Finding]:
         tensor_parallel_size=case.tensor_parallel_size,
         max_num_seqs=case.max_num_seqs,
         max_model_len=case.max_model_len,
-        disable_hybrid_kv_cache_manager=sliding or None,
     )
     runner = "V2" if case.engine.use_v2_model_runner else "V1"
     if introspection.steered(case.engine):

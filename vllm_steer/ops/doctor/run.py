@@ -48,7 +48,6 @@ def all_checks() -> list[tuple[str, Check, tuple[str, ...]]]:
         ("context", checks.context_length, (*PAIR, "vllm")),
         ("dtype", checks.dtypes, PAIR),
         ("quantization", checks.quantization, PAIR),
-        ("sliding window", checks.sliding_window, ("drafter_config", "vllm")),
         ("tensor parallel", checks.tensor_parallel, ("config",)),
         ("hidden states", checks.hidden_states, ("target_config", "vllm")),
         ("front end", checks.front_end, (*PAIR, "vllm")),
