@@ -21,7 +21,7 @@ from test_serve import OPTIONS, serve
 from workers import several
 
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.serving.plan import KILL_SWITCH
+from vllm_steer.serving.kill_switch import KILL_SWITCH
 
 Pair = tuple[Path, Path, Path]
 PROMPTS = [random_prompt(n, seed=n) for n in (3, 17, 100)]  # the last is longer than max_num_batched_tokens=64

@@ -30,9 +30,10 @@ from vllm_steer.ops.doctor import run as doctor
 from vllm_steer.ops.doctor.checks import added_bytes
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.ops.doctor.server import recorded_acceptance
-from vllm_steer.serving import introspection, patches
+from vllm_steer.serving import introspection, patches, patching
 from vllm_steer.serving.injection import Injection
-from vllm_steer.serving.plan import KILL_SWITCH, Plan
+from vllm_steer.serving.kill_switch import KILL_SWITCH
+from vllm_steer.serving.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -129,7 +130,7 @@ def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "WORKS_WITH", "0.3")  # of which 0.32 is no release
+    monkeypatch.setattr(patching, "WORKS_WITH", "0.3")  # of which 0.32 is no release
     assert one(checks.vllm_version).status == FAIL
 
 
@@ -156,7 +157,7 @@ def test_kill_switch_warns_and_the_pair_is_still_looked_at(
 
 
 def test_missing_seams(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(place: int) -> patches.Seam:
+    def gone(place: int) -> patching.Seam:
         return dataclasses.replace(patches.SEAMS[place], module=f"vllm.no_such_module_{place}")
 
     by_runner = {"V1 proposer": gone(1), "V2 speculator": gone(2), "a repair": gone(4)}

@@ -20,6 +20,7 @@ import engines
 import pytest
 
 from vllm_steer.serving import patches as seams
+from vllm_steer.serving import patching
 
 PATCHES = Path(__file__).parents[1] / "patches"
 FILES = sorted(PATCHES.glob("*.patch"))
@@ -105,7 +106,7 @@ def test_a_patch_applies_and_says_what_it_is_for(patch: Path, tree: Callable[...
         assert (VLLM.parent / file).read_bytes() == text != (found / file).read_bytes()
         compile((found / file).read_text(encoding="utf-8"), str(file), "exec")
     head, _, diff = patch.read_text(encoding="utf-8").partition("\n--- a/")
-    assert diff and head.startswith("[") and f"Against vLLM {seams.WORKS_WITH}." in head
+    assert diff and head.startswith("[") and f"Against vLLM {patching.WORKS_WITH}." in head
     assert "steer" not in patch.read_text(encoding="utf-8").lower(), "upstream knows nothing of this project"
 
 
@@ -146,15 +147,15 @@ for tree in sys.argv[1:]:
         sys.path.insert(0, tree)
         import vllm.v1.worker.gpu_model_runner, vllm.v1.worker.gpu.model_runner
         from vllm_steer.serving import register
-        from vllm_steer.serving import patches as seams
+        from vllm_steer.serving import patches as seams, patching
         assert os.path.dirname(os.path.dirname(vllm.__file__)) == tree, vllm.__file__
-        assert set(seams.ways().values()) <= {"not imported", "replaced", "upstream"}, seams.ways()
+        assert set(patching.ways().values()) <= {"not imported", "replaced", "upstream"}, patching.ways()
         register()
-        seams.require(v2=False)
-        seams.require(v2=True)
-        taken = seams.ways()
-        seams.undo()
-        print(json.dumps([taken, list(seams.ways().values())]), flush=True)
+        patching.require(v2=False)
+        patching.require(v2=True)
+        taken = patching.ways()
+        patching.undo()
+        print(json.dumps([taken, list(patching.ways().values())]), flush=True)
         os._exit(0)
     assert os.wait()[1] == 0
 """
@@ -256,7 +257,7 @@ def test_a_patched_engine_steers_only_what_is_to_be_steered(name: str, patched: 
 
 def serve_job(job: dict[str, Any]) -> dict[str, Any]:
     """As engines.serve_job, and "ways": how the engine's process took every seam."""
-    return engines.serve_job(job) | {"ways": seams.ways()}
+    return engines.serve_job(job) | {"ways": patching.ways()}
 
 
 if __name__ == "__main__":

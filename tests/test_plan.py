@@ -14,8 +14,9 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.serving import patches, plan, register
-from vllm_steer.serving.plan import KILL_SWITCH, LAYER_IDS, Plan
+from vllm_steer.serving import admission, patches, patching, register
+from vllm_steer.serving.kill_switch import KILL_SWITCH
+from vllm_steer.serving.plan import LAYER_IDS, Plan
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_refused_by_name_where_vllm_goes_on(
     config = engine_config(pair[0], pair[2])
     monkeypatch.setattr(getattr(config, part), key, type(getattr(getattr(config, part), key))(2))
     with pytest.raises(SteeringError, match=f"does not work with {name} yet"):
-        plan._refuse_unsupported(config)
+        admission._refuse_unsupported(config)
 
 
 def test_draft_length_below_one(pair: tuple[Path, Path, Path]) -> None:
@@ -222,7 +223,7 @@ def test_seams_can_be_undone_and_applied_again() -> None:
 
     register()
     steered = runner.DraftModelProposer
-    patches.undo()
+    patching.undo()
     try:
         assert runner.DraftModelProposer is steered.__mro__[1]
     finally:
@@ -237,7 +238,7 @@ def test_a_missing_seam_refuses_steered_drafters_only(
 
     target, plain, steered = pair
     register()
-    patches.undo()
+    patching.undo()
     original = runner.DraftModelProposer
     try:
         monkeypatch.delattr(runner, "DraftModelProposer")
@@ -250,7 +251,7 @@ def test_a_missing_seam_refuses_steered_drafters_only(
     finally:
         monkeypatch.undo()
         assert runner.DraftModelProposer is original
-        patches.undo()
+        patching.undo()
         patches.install()
 
 

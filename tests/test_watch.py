@@ -21,7 +21,7 @@ from test_blocks import round_of
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.serving.telemetry import watchdog
+from vllm_steer.serving.telemetry import reporter, watchdog
 from vllm_steer.serving.telemetry.block_counter import Blocks, Counts
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
@@ -122,7 +122,7 @@ def test_unsteered_blocks_are_not_judged() -> None:
 @pytest.fixture()
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a worker watches, in a place of its own for temporary files."""
-    monkeypatch.setattr(watchdog.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(reporter.tempfile, "gettempdir", lambda: str(tmp_path))
     return Engine(blocks=Blocks(8, K, torch.device("cpu")), scale=1.0)
 
 
@@ -164,7 +164,7 @@ def exposed(name: str, engine_index: int = 0) -> dict[str, float]:
 
 
 def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
-    worker = watchdog.Watch(engine, ACCEPTANCE, 0)
+    worker = reporter.Reporter(engine, ACCEPTANCE, 0)
     server = gauges("counted")
     server.log_engine_initialized()
     assert exposed("counted")["blocks_total"] == 0 == exposed("counted")["guide_norm"]
@@ -195,20 +195,20 @@ def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
 def test_a_worker_that_starts_again_counts_on(engine: Any) -> None:
     server = gauges("again")
     for round in (1, 2):
-        worker = watchdog.Watch(engine, {}, 0)
+        worker = reporter.Reporter(engine, {}, 0)
         round_of(engine.blocks, "a", None, [0], [4])
         round_of(engine.blocks, "a", [K], [5], [3])
         worker.look()
         server.log()
         assert exposed("again")["blocks_total"] == round
-        watchdog.remove(worker._file)
+        reporter.remove(worker._file)
         engine.blocks = Blocks(8, K, torch.device("cpu"))
     assert not [name for name in exposed("again") if "recorded" in name]
 
 
 def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
     other = Engine(blocks=Blocks(8, K, torch.device("cpu")), scale=0)
-    workers = watchdog.Watch(engine, {}, 0), watchdog.Watch(other, {}, 1)
+    workers = reporter.Reporter(engine, {}, 0), reporter.Reporter(other, {}, 1)
     for i in (0, 1):
         gauges("several", i).log()
     assert [exposed("several", i)["steering_on"] for i in (0, 1)] == [1, 0]
@@ -216,10 +216,10 @@ def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
 
 
 def test_a_cleaned_folder_is_made_again(engine: Any) -> None:
-    worker = watchdog.Watch(engine, {}, 0)
-    shutil.rmtree(watchdog.directory())
+    worker = reporter.Reporter(engine, {}, 0)
+    shutil.rmtree(reporter.directory())
     worker.look()
-    assert watchdog.find(os.getpid(), 0) == worker._file
+    assert reporter.find(os.getpid(), 0) == worker._file
 
 
 def test_a_later_vllm_may_ask_more_of_a_stat_logger(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_steered_drafter_that_nobody_looked_at_ends_the_server() -> None:
 
 def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
     """They are siblings of the engine: what they share is their parent."""
-    worker = watchdog.Watch(engine, {}, 0)
+    worker = reporter.Reporter(engine, {}, 0)
     gauges("second", _api_process_count=2, _api_process_rank=1).log()
     gauges("first", _api_process_count=2, _api_process_rank=0).log()
     assert not exposed("second") and exposed("first")["steering_on"] == 1
@@ -266,21 +266,21 @@ def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
 
 
 def test_somebody_elses_worker_is_not_ours(engine: Any) -> None:
-    worker = watchdog.Watch(engine, {}, 0)
+    worker = reporter.Reporter(engine, {}, 0)
     report = json.loads(worker._file.read_text())
     assert report["ancestors"][0] == os.getpid() and os.getppid() in report["ancestors"]
     worker._file.write_text(json.dumps(report | {"ancestors": report["ancestors"][1:]}))
-    assert watchdog.find(os.getpid(), 0) is None and watchdog.find(os.getppid(), 0) == worker._file
+    assert reporter.find(os.getpid(), 0) is None and reporter.find(os.getppid(), 0) == worker._file
     far = report | {"pid": 2**22 + 1, "namespace": "pid:[1]"}
     worker._file.write_text(json.dumps(far))
-    assert watchdog.find(os.getpid(), 0) is None and worker._file.exists(), "another container's, alive or not"
+    assert reporter.find(os.getpid(), 0) is None and worker._file.exists(), "another container's, alive or not"
     worker._file.write_text(json.dumps(report | {"pid": 2**22 + 1}))  # past Linux's largest
-    assert watchdog.find(os.getpid(), 0) is None and not worker._file.exists(), "the dead are cleared away"
+    assert reporter.find(os.getpid(), 0) is None and not worker._file.exists(), "the dead are cleared away"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}', "\x00\xff", None])
 def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = watchdog.Watch(engine, {}, 0), gauges("bad")
+    worker, server = reporter.Reporter(engine, {}, 0), gauges("bad")
     server.log()
     before = exposed("bad")
     worker._file.unlink() if text is None else worker._file.write_text(text, encoding="utf-8")
@@ -299,7 +299,7 @@ def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.L
 
 
 def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = watchdog.Watch(engine, {}, 0), gauges("full")
+    worker, server = reporter.Reporter(engine, {}, 0), gauges("full")
     server.log()
     before, limits = exposed("full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
@@ -310,7 +310,7 @@ def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCapt
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ["no vllm_steer metrics at /metrics for the time being" in r.getMessage() for r in caplog.records] == [True]
-    assert not list(watchdog.directory().iterdir()), "old counts were left"
+    assert not list(reporter.directory().iterdir()), "old counts were left"
     server.log()
     assert exposed("full") != before
     worker.look()
@@ -319,7 +319,7 @@ def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCapt
 
 
 def test_a_report_without_its_numbers_never_raises(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = watchdog.Watch(engine, {}, 0), gauges("odd")
+    worker, server = reporter.Reporter(engine, {}, 0), gauges("odd")
     report = json.loads(worker._file.read_text())
     worker._file.write_text(json.dumps(report | {"accepted_at": 5}))
     with caplog.at_level(logging.ERROR, "vllm.steer"):
@@ -344,18 +344,18 @@ def test_a_directory_of_others_is_not_used(
     path.mkdir()
     path.chmod(0o755)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
-        watchdog.Watch(engine, {}, 0).look()
+        reporter.Reporter(engine, {}, 0).look()
     assert "is not a private directory" in caplog.text and not list(path.iterdir())
     gauges("others").log()
     path.rmdir()
-    watchdog.Watch(engine, {}, 0)
+    reporter.Reporter(engine, {}, 0)
     assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_lost_directory_ends_the_file_and_not_the_watch(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = watchdog.Watch(engine, {}, 0)
+    worker = reporter.Reporter(engine, {}, 0)
     shutil.rmtree(tmp_path / f"vllm-steer-{os.getuid()}")
     (tmp_path / f"vllm-steer-{os.getuid()}").touch()  # nor can it be made again
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)
@@ -381,7 +381,7 @@ def test_the_watch_ends_with_its_engine(
 ) -> None:
     monkeypatch.setattr(watchdog, "INTERVAL", 0.02)
     holder = [Engine(blocks=engine.blocks, scale=1.0)]
-    worker = watchdog.Watch(holder[0], ACCEPTANCE, 0)
+    worker = reporter.Reporter(holder[0], ACCEPTANCE, 0)
     file = worker._file
     worker.start()
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)

@@ -60,9 +60,9 @@ def answer(drafter: str | None) -> dict[str, Any]:
     outs = llm.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=NEW))
     found = {"vllm": vllm.__version__, "tokens": [list(o.outputs[0].token_ids) for o in outs]}
     if not os.environ.get("STEER_TEST_BROKEN"):
-        from vllm_steer.serving import patches
+        from vllm_steer.serving import patching
 
-        found["seams"] = patches.ways()
+        found["seams"] = patching.ways()
     return found
 
 

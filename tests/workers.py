@@ -95,18 +95,18 @@ def pretended(version: str | None, broken: list[str]) -> Iterator[None]:
     """Another vLLM: its version, and an attribute gone in the modules whose seams are `broken`."""
     import vllm
 
-    from vllm_steer.serving import patches
+    from vllm_steer.serving import patches, patching
 
     before = vllm.__version__, patches.SEAMS
     lost = lambda seam: dataclasses.replace(seam, needs=("vllm:gone",)) if seam.module in broken else seam  # noqa: E731
-    patches.undo()
+    patching.undo()
     patches.SEAMS = tuple(lost(seam) for seam in patches.SEAMS)
     patches.install()
     vllm.__version__ = version or before[0]
     try:
         yield
     finally:
-        patches.undo()
+        patching.undo()
         vllm.__version__, patches.SEAMS = before
         patches.install()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.serving import patches, plan
+from vllm_steer.serving import admission, patches, patching, plan
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -33,12 +33,12 @@ def runners() -> set[str]:
     return {"v2"} if chosen else {"v1"}
 
 
-def seam_ways() -> list[tuple[patches.Seam, str]]:
-    """Every seam, and how it is taken as `seams.ways` tells it, after importing the modules they are in."""
+def seam_ways() -> list[tuple[patching.Seam, str]]:
+    """Every seam, and how it is taken as `patching.ways` tells it, after importing the modules they are in."""
     patches.install()
     for seam in patches.SEAMS:
-        patches.reach(seam)
-    return list(zip(patches.SEAMS, patches.ways().values(), strict=True))
+        patching.reach(seam)
+    return list(zip(patches.SEAMS, patching.ways().values(), strict=True))
 
 
 def device_memory() -> int | None:
@@ -66,7 +66,7 @@ def require_states(model: str) -> str:
     from vllm.model_executor.model_loader.utils import get_model_cls
 
     config = model_config(model)
-    plan.require_target_states(config)
+    admission.require_target_states(config)
     return get_model_cls(config).__name__
 
 

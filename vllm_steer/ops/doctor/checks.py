@@ -17,14 +17,15 @@ from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of
-from vllm_steer.serving import introspection, patches, plan
+from vllm_steer.serving import introspection, patching
+from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.training.pair import load_tokenizer
 
 PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
 TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
 MIB = 2**20
 MEMORY_SHARE = 0.1  # of a device: more is worth a thought
-INSTALL = f"install vLLM {patches.WORKS_WITH}: pip install 'vllm-steer[gpu]', or [cpu]"
+INSTALL = f"install vLLM {patching.WORKS_WITH}: pip install 'vllm-steer[gpu]', or [cpu]"
 
 
 # --- this environment ------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def vllm_version(case: Case) -> Iterable[Finding]:
     except ImportError as error:
         yield Finding("vllm", FAIL, f"cannot be imported ({error})", INSTALL)
         return
-    known = patches.known(case.vllm)
+    known = patching.known(case.vllm)
     yield Finding("vllm", OK if known else FAIL, case.vllm, "" if known else INSTALL)
 
 
@@ -58,11 +59,11 @@ def plugin(case: Case) -> Iterable[Finding]:
 
 def kill_switch(case: Case) -> Iterable[Finding]:
     """Nobody left steering switched off."""
-    if plan.disabled():
-        seen = f"{plan.KILL_SWITCH} is {os.environ[plan.KILL_SWITCH]!r}: every drafter runs unsteered"
-        yield Finding("kill switch", WARNING, seen, f"unset {plan.KILL_SWITCH}")
+    if disabled():
+        seen = f"{KILL_SWITCH} is {os.environ[KILL_SWITCH]!r}: every drafter runs unsteered"
+        yield Finding("kill switch", WARNING, seen, f"unset {KILL_SWITCH}")
     else:
-        yield Finding("kill switch", OK, f"{plan.KILL_SWITCH} is not set")
+        yield Finding("kill switch", OK, f"{KILL_SWITCH} is not set")
 
 
 def seam_places(case: Case) -> Iterable[Finding]:
@@ -209,8 +210,8 @@ def front_end(case: Case) -> Iterable[Finding]:
     runner = "V2" if case.engine.use_v2_model_runner else "V1"
     if introspection.steered(case.engine):
         yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner, and it is steered")
-    elif plan.disabled():
-        yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner; unsteered: {plan.KILL_SWITCH}")
+    elif disabled():
+        yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner; unsteered: {KILL_SWITCH}")
     else:
         yield Finding("front end", FAIL, "vLLM accepts the pair and does not steer it", "see plugin and seams above")
 

@@ -12,7 +12,7 @@ from vllm_steer.bench import remote
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
-from vllm_steer.serving.plan import KILL_SWITCH
+from vllm_steer.serving.kill_switch import KILL_SWITCH
 from vllm_steer.serving.telemetry.watchdog import LOW, recorded
 
 ENOUGH_BLOCKS = 50

@@ -11,8 +11,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.telemetry.block_counter import Blocks
-from vllm_steer.serving.telemetry.watchdog import Watch
+from vllm_steer.serving.spec_decode.attach import attach
 
 
 class SteeredDraftModelProposer(DraftModelProposer):
@@ -102,14 +101,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
         )
 
 
-def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device) -> Injection:
-    """Build the injection for this rank and wrap the freshly loaded draft model; the first rank counts blocks."""
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-
-    rank = get_tensor_model_parallel_rank()
-    injection = Injection(plan, device, vllm_config.model_config.dtype, rank, get_tensor_model_parallel_world_size())
-    injection.attach(model)
-    if rank == 0:
-        injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device)
-        Watch(injection, injection.config.acceptance, vllm_config.parallel_config.data_parallel_index).start()
-    return injection
+def proposer(vllm_config: Any, device: torch.device, runner: Any) -> Any:
+    """The proposer for an engine's kind of drafter; None: it is vLLM's own."""
+    plan = Plan.of(vllm_config)
+    return None if plan is None else SteeredDraftModelProposer(vllm_config, device, runner)

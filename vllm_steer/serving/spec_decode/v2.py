@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.spec_decode.v1 import attach
+from vllm_steer.serving.spec_decode.attach import attach
 
 
 class SteeredSpeculator(StandaloneARSpeculator):
@@ -87,3 +87,9 @@ class SteeredSpeculator(StandaloneARSpeculator):
         if not skip_attn:
             self.injection.steer_drafts(num_reqs)
         return super()._multi_step_decode(input_batch, num_rejected, num_reqs, skip_attn, *args)
+
+
+def speculator(vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """The speculator for an engine's kind of drafter; None: it is vLLM's own."""
+    plan = Plan.of(vllm_config)
+    return None if plan is None else SteeredSpeculator(vllm_config, device)

@@ -1,4 +1,4 @@
-"""A steered engine's counts at /metrics, beside vLLM's: what its worker wrote (watchdog.py), published.
+"""A steered engine's counts at /metrics, beside vLLM's: what its worker wrote (reporter.py), published.
 
 vLLM makes a stat logger for every engine in each API server process, and calls it after every step. Several API servers
 share their engines: the first one reports, so that nothing is counted twice.
@@ -18,7 +18,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.telemetry import watchdog
+from vllm_steer.serving.telemetry import reporter
 
 logger = logging.getLogger("vllm.steer")
 
@@ -99,12 +99,12 @@ class Gauges(StatLoggerBase):
             logger.exception("the vllm_steer metrics at /metrics have stopped")
 
     def _refresh(self) -> None:
-        report = watchdog.read(self._file) if self._file is not None else None
-        if report is None and (found := watchdog.find(self._top, self._engine)) is not None:
-            report = watchdog.read(found)
+        report = reporter.read(self._file) if self._file is not None else None
+        if report is None and (found := reporter.find(self._top, self._engine)) is not None:
+            report = reporter.read(found)
             if found != self._file:  # a new worker counts from 0
                 self._file, self._last = found, {}
-                Finalize(None, watchdog.remove, (found,), exitpriority=0)  # vLLM kills its workers when it ends
+                Finalize(None, reporter.remove, (found,), exitpriority=0)  # vLLM kills its workers when it ends
         if report is not None:
             self._lost = False
             self._publish(report)

@@ -1,38 +1,18 @@
-"""Beside a steered engine's worker: warn when acceptance collapses, and write the counts for the front end to read.
-
-One thread per engine, in its first worker. The front end is another process, which knows neither the worker's process
-nor, with several API servers, the configuration it was made from. What they share is an ancestor. So the worker writes
-who its ancestors are, and the front end looks for a file of its own descendants (serving/telemetry/metrics.py).
-"""
+"""The watchdog's rule: when the acceptance of a steered drafter has collapsed."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import math
-import os
-import stat
-import tempfile
-import threading
-import time
-import weakref
 from itertools import accumulate
-from multiprocessing.util import Finalize
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_steer.serving.telemetry.block_counter import Counts
 
-logger = logging.getLogger("vllm.steer")
-
-INTERVAL = 5.0  # seconds between two looks
 ENOUGH, MOST = 200, 5000  # blocks that a verdict needs, and after which it is put off
 SIGMAS = 4  # standard errors between what was measured and the limit
-KEYS = {"pid", "namespace", "ancestors", "engine", "recorded"}  # of what a worker writes
 LOW = 0.5  # of the recorded acceptance
 RECORDED = {"greedy": "greedy", "sampled": "overlap"}  # where training recorded the acceptance of each draft
 REMEDY = (
@@ -69,7 +49,10 @@ class Watchdog:
     """
 
     def __init__(self, expected: list[list[float]]):
-        """`expected`: lists of accepted tokens by number of drafts; of several the least is asked for, of none none."""
+        """`expected`: lists of accepted tokens by number of drafts.
+
+        The lowest list sets the threshold; if there is none, only zero acceptance warns.
+        """
         self._expected = torch.tensor(expected, dtype=torch.float64).amin(0) if expected else None
         self._seen: torch.Tensor | float = 0.0
         self._warned = False
@@ -96,144 +79,3 @@ class Watchdog:
         what = "no draft was accepted" if accepted == 0 else f"{accepted:.2f} draft tokens per block were accepted"
         beside = "nothing was recorded at training" if expected is None else f"{expected:.2f} recorded at training"
         return f"acceptance has collapsed: {what} in the last {blocks:.0f} steered blocks, {beside}. {REMEDY}"
-
-
-def directory() -> Path:
-    """Where workers leave their counts: this user's own folder among the temporary files, made when missing.
-
-    Raises OSError when it is not ours alone: another user could have made it first.
-    """
-    path = Path(tempfile.gettempdir()) / f"vllm-steer-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{path} is not a private directory of this user: remove it")
-    return path
-
-
-def namespace() -> str:
-    """In which this process's ids are what they are."""
-    return os.readlink("/proc/self/ns/pid")
-
-
-def ancestors() -> list[int]:
-    """Process ids: this process, its parent, and so on. Raises OSError where they may not be seen."""
-    import psutil  # comes with vLLM
-
-    try:
-        return [os.getpid(), *(parent.pid for parent in psutil.Process().parents())]
-    except psutil.Error as error:
-        raise PermissionError(f"the processes above this one are hidden ({error})") from None
-
-
-class Watch(threading.Thread):
-    """Looks at an engine's counts every INTERVAL seconds, until the engine has gone."""
-
-    def __init__(self, injection: Any, acceptance: dict[str, Any], engine: int):
-        """`injection` has `blocks` and `scale`; `engine` is the data-parallel rank."""
-        super().__init__(name="vllm-steer watch", daemon=True)
-        gone = self._gone = threading.Event()
-        self._injection = weakref.ref(injection, lambda _: gone.set())
-        self._recorded = recorded(acceptance, injection.blocks.draft_length)
-        self._watchdog = Watchdog(list(self._recorded.values()))
-        self._guides = self._norms = self._norm = 0.0
-        self._file: Path | None = None
-        self._lost = False  # the file could not be written; it may be again
-        try:
-            self._who = {"pid": os.getpid(), "namespace": namespace(), "ancestors": ancestors(), "engine": engine}
-            self._file = directory() / f"{os.getpid()}-{time.time_ns()}.json"
-        except OSError as error:
-            self._warn(error)
-        self.look()
-        Finalize(self, remove, (self._file,), exitpriority=0)  # not atexit: a forked worker ends without it
-
-    def run(self) -> None:
-        while not self._gone.wait(INTERVAL):
-            try:
-                self.look()
-            except Exception:  # requests must not notice
-                logger.exception("the watchdog of the steered drafter has stopped")
-                break
-        remove(self._file)
-
-    def look(self) -> None:
-        """Judge the counts and write them."""
-        if (injection := self._injection()) is None:
-            return
-        counts = injection.blocks.read()
-        if (warning := self._watchdog.judge(counts)) is not None:
-            logger.warning(warning)
-        if self._file is None:
-            return
-        report = self._who | self._report(counts, injection.scale)
-        try:
-            directory()  # what cleans temporary files may have taken it
-            draft = self._file.with_suffix(".new")
-            draft.write_text(json.dumps(report), encoding="utf-8")
-            draft.replace(self._file)
-            self._lost = False
-        except OSError as error:  # a full disk: what is there has become old
-            remove(self._file)
-            if not self._lost:
-                self._warn(error)
-            self._lost = True
-
-    def _report(self, counts: Counts, scale: float) -> dict[str, Any]:
-        if counts.guides > self._guides:
-            self._norm = (counts.guide_norms - self._norms) / (counts.guides - self._guides)
-            self._guides, self._norms = counts.guides, counts.guide_norms
-        steered = float(counts.steered.sum())
-        return {
-            "steering_on": scale != 0,
-            "blocks": steered + float(counts.unsteered.sum()),
-            "steered_blocks": steered,
-            "accepted": counts.accepted,
-            "accepted_at": counts.accepted_at,
-            "guide_norm": self._norm,
-            "recorded": {name: values[-1] for name, values in self._recorded.items()},
-        }
-
-    def _warn(self, error: Exception) -> None:
-        """The watchdog goes on, without a file."""
-        logger.warning("no vllm_steer metrics at /metrics for the time being: %s", error)
-
-
-def remove(path: Path | None) -> None:
-    """Take a worker's file away; no matter if it is gone."""
-    if path is not None:
-        for each in (path, path.with_suffix(".new")):
-            with contextlib.suppress(OSError):
-                each.unlink(missing_ok=True)
-
-
-# --- asked by the front end -----------------------------------------------------------------------------------------
-
-
-def find(top: int, engine: int) -> Path | None:
-    """The newest file of data-parallel rank `engine` below process `top`, or None; those of dead processes are removed.
-
-    Raises OSError when the directory is not ours.
-    """
-    import psutil
-
-    found: list[Path] = []
-    for path in directory().glob("*.json"):
-        if (report := read(path)) is None:
-            continue
-        if report["namespace"] != namespace():  # a container that shares the folder: its ids mean nothing here
-            continue
-        if not psutil.pid_exists(report["pid"]):
-            remove(path)
-        elif top in report["ancestors"] and report["engine"] == engine:
-            found.append(path)
-    return max(found, key=lambda path: path.name.partition("-")[2], default=None)  # the name ends with its time
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """What a worker wrote, or None if it is gone, or not that."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) and report.keys() >= KEYS else None
