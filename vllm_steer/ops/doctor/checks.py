@@ -62,7 +62,8 @@ def kill_switch(case: Case) -> Iterable[Finding]:
         seen = f"{plan.KILL_SWITCH} is {os.environ[plan.KILL_SWITCH]!r}: every drafter runs unsteered"
         yield Finding("kill switch", WARNING, seen, f"unset {plan.KILL_SWITCH}")
     else:
-        yield Finding("kill switch", OK, f"{plan.KILL_SWITCH} is not set")
+        value = os.environ.get(plan.KILL_SWITCH)
+        yield Finding("kill switch", OK, f"{plan.KILL_SWITCH} is {f'{value!r}: off' if value else 'not set'}")
 
 
 def seam_places(case: Case) -> Iterable[Finding]:
