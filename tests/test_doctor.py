@@ -156,6 +156,18 @@ def test_kill_switch_warns_and_the_pair_is_still_looked_at(
     assert "it will work, with warnings: " in shown and f"unsteered: {KILL_SWITCH}" in shown
 
 
+@pytest.mark.parametrize(
+    ("value", "status", "seen"), [("off", OK, "'off': off"), ("On", WARNING, "'On'"), ("of", FAIL, "'of', allowed are")]
+)
+def test_every_spelling_of_the_kill_switch(
+    value: str, status: str, seen: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(KILL_SWITCH, value)
+    assert cli.main(["doctor", STEERED, "--target", TARGET]) == (status == FAIL)
+    shown = [line for line in capsys.readouterr().out.splitlines() if " kill switch " in line]
+    assert len(shown) == 1 and shown[0].startswith(status) and f"{KILL_SWITCH} is {seen}" in shown[0]
+
+
 def test_missing_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(place: int) -> patching.Seam:
         return dataclasses.replace(patches.SEAMS[place], module=f"vllm.no_such_module_{place}")
@@ -257,12 +269,11 @@ def test_dtypes_and_quantization(tmp_path: Path) -> None:
         assert (found.status, found.seen) == (OK, f"target {method}, drafter none")
 
 
-@pytest.mark.parametrize("runner", ["0", "1"])
-def test_sliding_window(runner: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Both runners serve them, without any option."""
+def test_sliding_window(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """V1 serves such drafters without any option."""
     keys = {"layer_types": ["sliding_attention"], "sliding_window": 64, "use_sliding_window": True}
     case = pair_case(drafter=changed(STEERED, tmp_path / "sliding", **keys))
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     case.checkpoint = case.drafter
     assert one(checks.front_end, case).status == OK
     assert not case.engine.scheduler_config.disable_hybrid_kv_cache_manager

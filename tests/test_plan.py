@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.serving import admission, patches, patching, register
-from vllm_steer.serving.kill_switch import KILL_SWITCH
+from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.serving.plan import LAYER_IDS, Plan
 
 
@@ -84,6 +84,48 @@ def test_the_kill_switch_serves_anything_unsteered(
     monkeypatch.setenv(KILL_SWITCH, "0")
     with pytest.raises(ValueError, match="truncated or not a safetensors"):
         engine_config(target, damaged)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "yes", "on", "True", "YES", "oN", " 1 "])
+def test_the_kill_switch_is_on(value: str, pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KILL_SWITCH, value)
+    assert disabled()
+    assert Plan.of(engine_config(pair[0], pair[2])) is None
+
+
+@pytest.mark.parametrize("value", ["0", "false", "no", "off", "False", "NO", "Off", " 0", "", " "])
+def test_the_kill_switch_is_off(value: str, pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KILL_SWITCH, value)
+    assert not disabled()
+    assert Plan.of(engine_config(pair[0], pair[2])) is not None
+
+
+@pytest.mark.parametrize("value", ["2", "-1", "flase", "disable", "none", "y", "1.0", "true,"])
+@pytest.mark.parametrize("drafter", [None, "plain", "steered"])
+def test_a_kill_switch_that_is_neither(
+    drafter: str | None, value: str, pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KILL_SWITCH, value)
+    told = f"{KILL_SWITCH} is '{value}', allowed are 1, true, yes, on .* 0, false, no, off or nothing .* unset it"
+    with pytest.raises(ValueError, match=told):
+        engine_config(pair[0], {"plain": pair[1], "steered": pair[2]}.get(drafter))
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_no_drafter_with_prompt_embeddings(
+    switch: str, pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KILL_SWITCH, switch)
+    target, *drafters = pair
+    for drafter in drafters:
+        with pytest.raises(
+            ValueError, match=r"--enable-prompt-embeds\) do not work with the drafter .*: drop --enable"
+        ):
+            engine_config(target, drafter, enable_prompt_embeds=True)
+        engine_config(target, drafter)
+    engine_config(target, None, enable_prompt_embeds=True)
+    ngrams = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    engine_config(target, None, enable_prompt_embeds=True, spec=ngrams)
 
 
 @pytest.mark.parametrize(

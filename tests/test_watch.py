@@ -379,7 +379,7 @@ def test_an_unsteered_engine_has_nothing(engine: Any, tmp_path: Path, caplog: py
 def test_the_watch_ends_with_its_engine(
     engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watchdog, "INTERVAL", 0.02)
+    monkeypatch.setattr(reporter, "INTERVAL", 0.02)
     holder = [Engine(blocks=engine.blocks, scale=1.0)]
     worker = reporter.Reporter(holder[0], ACCEPTANCE, 0)
     file = worker._file

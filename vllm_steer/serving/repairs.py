@@ -76,6 +76,16 @@ class OwnKVCacheGroups:
         self.runner = runner
         self._slots: dict[int, Tensor] = {}  # of every group but the first: [max_positions] int64
 
+    def _create_draft_vllm_config(self) -> Any:
+        """As vLLM's, which leaves the drafter the window of a target whose layers all slide, and takes its own away."""
+        from vllm.config.utils import replace
+
+        config, model = super()._create_draft_vllm_config(), self.draft_model_config
+        kinds = getattr(model.hf_text_config, "layer_types", None)
+        alike = kinds is None or set(kinds) == {"sliding_attention"}  # else every layer is told its own window
+        cache = replace(config.cache_config, sliding_window=model.get_sliding_window() if alike else None)
+        return replace(config, cache_config=cache)
+
     def initialize_attn_backend(self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None) -> None:
         """Build attention groups for the draft layers, group by group of the KV cache."""
         names, groups = self._draft_attn_layer_names, []

@@ -63,14 +63,15 @@ def kill_switch(case: Case) -> Iterable[Finding]:
         seen = f"{KILL_SWITCH} is {os.environ[KILL_SWITCH]!r}: every drafter runs unsteered"
         yield Finding("kill switch", WARNING, seen, f"unset {KILL_SWITCH}")
     else:
-        yield Finding("kill switch", OK, f"{KILL_SWITCH} is not set")
+        value = os.environ.get(KILL_SWITCH)
+        yield Finding("kill switch", OK, f"{KILL_SWITCH} is {f'{value!r}: off' if value else 'not set'}")
 
 
 def seam_places(case: Case) -> Iterable[Finding]:
     """Every place in vLLM where steering goes in."""
     runners = introspection.runners()
     for seam, way in introspection.seam_ways():
-        name = f"seam {seam.name}"
+        name = f"seam {seam.module.rpartition('.')[2]}.{seam.name}"  # two modules may hold one name
         if way in ("replaced", "upstream"):
             yield Finding(name, OK, "in place" if way == "replaced" else "vLLM has a way of its own for it")
         elif seam.runner not in ("both", *runners):
