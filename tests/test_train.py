@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from vllm_steer import checkpoint, losses, train
 from vllm_steer.batches import read_data
 from vllm_steer.config import SteeringConfig, SteeringError
-from vllm_steer.data import Row, collate, read_rows, split_rows
+from vllm_steer.data import Row, collate, read_rows
 from vllm_steer.generate import generate
 from vllm_steer.pair import (
     Head,
@@ -302,7 +302,8 @@ def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "data.jsonl").write_bytes((folder / "data.jsonl").read_bytes())
     trained = train.train(options(tmp_path, tmp_path / "adapter", mode="steer", lr=0.1, steps=5))["trained"]
     merged = checkpoint.merge_adapter(tmp_path / "adapter", tmp_path / "drafter", tmp_path / "full")
-    (tmp_path / "held.jsonl").write_text((folder / "data.jsonl").read_text().splitlines()[-1])
+    _, [held] = read_data(options(folder, tmp_path / "new"), AutoTokenizer.from_pretrained(folder / "target"))
+    (tmp_path / "held.jsonl").write_text((folder / "data.jsonl").read_text().splitlines()[held.number])
     assert measure_directory(tmp_path / "target", merged, merged, tmp_path / "held.jsonl", 3) == trained
     plain = measure_directory(tmp_path / "target", merged, tmp_path, tmp_path / "held.jsonl", 3)
     assert len(set(plain["overlap"])) == 1 and plain["overlap"] != trained["overlap"]
@@ -340,7 +341,7 @@ def test_a_prediction_on_the_targets_own_greedy_text_is_what_the_reference_loop_
 
 
 def test_responses_shorter_than_a_block_are_refused(folder: Path, tmp_path: Path) -> None:
-    rows = [{"prompt_ids": [1, 2, 3, 4, 5, 6], "response_ids": [1, 2]}] * 4
+    rows = [{"prompt_ids": [1, 2, 3, 4, 5, 6 + i], "response_ids": [1, 2]} for i in range(4)]
     (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SteeringError, match="no held-out response has 3 tokens"):
         train.train(options(folder, tmp_path / "out", data=(str(tmp_path / "short.jsonl"),)))
@@ -501,12 +502,6 @@ def test_every_form_of_a_row(folder: Path, tmp_path: Path) -> None:
         Row((7, 8, 9), 0),
         Row((1, 2, 3, 4), 2),
     ]
-
-
-def test_the_end_of_the_file_is_held_out() -> None:
-    rows = [Row((i,), 0) for i in range(100)]
-    assert split_rows(rows) == (rows[:95], rows[95:])
-    assert len(split_rows(rows * 100)[1]) == 64
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from typing import Any
 from vllm_steer import checkpoint
 from vllm_steer.config import SteeringConfig, check_pair, text_config
 from vllm_steer.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
-from vllm_steer.pair import load_tokenizer
 from vllm_steer.serve import UnknownModel, drafter_of, speculative, target_of
 from vllm_steer.serving import plan, seams, survey
 from vllm_steer.steering import Steering
+from vllm_steer.tokenizer import compare_tokenizers
 
 PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
 TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
@@ -123,8 +123,14 @@ def target(case: Case) -> Iterable[Finding]:
 
 def vocabulary(case: Case) -> Iterable[Finding]:
     """One tokenizer, and embedding tables of one size: vLLM accepts no others."""
-    used = len(load_tokenizer(case.target, case.drafter))
-    yield Finding("tokenizer", OK, f"{used} tokens, the same in both")
+    tokenizer, differences = compare_tokenizers(case.target, case.drafter)
+    used = len(tokenizer)
+    seen = f"{used} tokens, the same in both"
+    if differences:
+        remedy = "the target's is used, in training as in serving"
+        yield Finding("tokenizer", WARNING, "; ".join([seen, *differences]), remedy)
+    else:
+        yield Finding("tokenizer", OK, seen)
     big, small = (text_config(config).vocab_size for config in (case.target_config, case.drafter_config))
     if big != small:
         seen = f"tables of {big} (target) and {small} (drafter) for these {used} tokens; vLLM wants one size"

@@ -22,6 +22,7 @@ from vllm_steer.config import SteeringError, read_model_config, require_at_least
 from vllm_steer.contender import NONE, Contender, measure_in_a_process
 from vllm_steer.options import option
 from vllm_steer.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
+from vllm_steer.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,7 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
             "prompts": config.prompts,
             "split": config.marked,
             "number_of_prompts": len(prompts),
-            "prompts_sha256": _digest([dataclasses.asdict(prompt) for prompt in prompts]),
+            "prompts_sha256": _digest([prompt.to_dict() for prompt in prompts]),
             "temperature": list(config.temperature),
         },
         "summary": parts,
@@ -235,16 +236,14 @@ def _unlike(run: dict[str, Any], none: dict[str, Any]) -> int:
 
 def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Prompts as token ids, those too long for the engine, and the engine's length."""
-    from transformers import AutoTokenizer
-
     lengths = [n for m in models if (n := getattr(text_config(m), "max_position_embeddings", None))]
     room = config.max_model_len or min([*lengths, LONGEST])
     # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
     most = room - counting.tokens_to_ask(config.max_tokens, config.k) - 2 * (config.k + 1)
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    tokenizer = read_tokenizer(config.target)
     kept, dropped, template = [], [], config.template_options
     for prompt in config.read_prompts():
-        ids = encode_prompt(tokenizer, prompt.prompt, template)
+        ids = encode_prompt(tokenizer, prompt.prompt, template, prompt.tools)
         if 0 < len(ids) <= most:
             kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
         else:

@@ -9,6 +9,7 @@ Shape legend: B rows, T tokens, N response positions of a batch, H target hidden
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_steer import checkpoint
-from vllm_steer.config import SteeringError, default_target_layers
+from vllm_steer.config import SteeringError, default_target_layers, text_config
 from vllm_steer.data import collate, read_rows
 from vllm_steer.drafter import attach, decoder_layers
 from vllm_steer.losses import Distance, agreement, by_position, overlap
 from vllm_steer.steering import Steering
+from vllm_steer.tokenizer import load_tokenizer
 
 OFFSET_RULES = {
     "batch": "one distance d in 1..k for the whole batch",
@@ -269,24 +271,6 @@ def walk(chances: Tensor, prompt_lengths: list[int], lengths: list[int]) -> tupl
     return tokens, blocks
 
 
-def load_tokenizer(target: str, drafter: str) -> Any:
-    """The one tokenizer of both models. Raises SteeringError when one cannot be read, or they differ."""
-    from transformers import AutoTokenizer
-
-    try:
-        ours, theirs = (AutoTokenizer.from_pretrained(name) for name in (target, drafter))
-    except (OSError, ValueError) as error:
-        raise SteeringError(f"cannot load the tokenizers of {target} and {drafter}: {error}") from error
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    if a != b:
-        token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
-        raise SteeringError(
-            f"the tokenizers of {target} and {drafter} differ: token {token!r} is {a.get(token)} in one and "
-            f"{b.get(token)} in the other; speculation needs one tokenizer, take a drafter of the target's family"
-        )
-    return theirs
-
-
 def load_model(name: str, dtype: torch.dtype | str) -> nn.Module:
     """A causal language model. Raises SteeringError when it cannot be read."""
     from transformers import AutoModelForCausalLM
@@ -312,6 +296,7 @@ def measure_directory(target: str | Path, drafter: str | Path, steering: str | P
     if checkpoint.has_steering(steering):
         module = checkpoint.load_for(steering, big.config, small.config)
         layers = module.config.target_layer_ids
-    rows = read_rows(data, tokenizer, big.config.max_position_embeddings)
+    lengths = [getattr(text_config(m.config), "max_position_embeddings", None) for m in (big, small)]
+    rows = read_rows(data, tokenizer, min((n for n in lengths if n), default=sys.maxsize))
     batches = (collate(rows[i : i + 8]) for i in range(0, len(rows), 8))
     return measure(Pair(small, module, big).eval(), (b | read_target(big, b, layers) for b in batches), k)
