@@ -38,8 +38,10 @@ def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
                     f"{path} was written by another model ({written_by['name']}) than the target {config.target} or "
                     f"the drafter {config.drafter}: generate responses with one of these, or give that target"
                 )
-    limits = (config.max_length, config.template_options, fewest_positions(config.target, config.drafter))
-    (first, left_out), *others = (read_file(path, tokenizer, *limits) for path in config.data)
+    limits = model_limits(config.target, config.drafter)
+    (first, left_out), *others = (
+        read_file(path, tokenizer, config.max_length, config.template_options, **limits) for path in config.data
+    )
     try:
         if config.resume:
             rows, held_out = split_of_run(first, Path(config.output) / "checkpoints")
@@ -58,10 +60,16 @@ def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
     return rows, held_out
 
 
-def fewest_positions(*models: str) -> tuple[int, str] | None:
-    """The positions of the model that has the fewest, and its name; None when none says how many it has."""
-    found = [(getattr(text_config(read_model_config(name)), "max_position_embeddings", None), name) for name in models]
-    return min(((count, name) for count, name in found if isinstance(count, int) and count > 0), default=None)
+def model_limits(*models: str) -> dict[str, Any]:
+    """`positions` and `embeddings` for `read_file`: of the model that has the fewest; None where none says."""
+    found: dict[str, list[tuple[int, str]]] = {"max_position_embeddings": [], "vocab_size": []}
+    for name in models:
+        config = text_config(read_model_config(name))
+        for key, values in found.items():
+            if isinstance(count := getattr(config, key, None), int) and count > 0:
+                values.append((count, name))
+    positions, embeddings = (min(values, default=None) for values in found.values())
+    return {"positions": positions, "embeddings": embeddings and embeddings[0]}
 
 
 def _writer(path: str) -> dict[str, str] | None:

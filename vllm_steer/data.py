@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import reprlib
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -44,9 +45,10 @@ def read_rows(
     max_length: int,
     template: dict[str, Any] | None = None,
     positions: tuple[int, str] | None = None,
+    embeddings: int | None = None,
 ) -> list[Row]:
     """`read_file` without its summary."""
-    return read_file(path, tokenizer, max_length, template, positions)[0]
+    return read_file(path, tokenizer, max_length, template, positions, embeddings)[0]
 
 
 def read_file(
@@ -55,19 +57,21 @@ def read_file(
     max_length: int,
     template: dict[str, Any] | None = None,
     positions: tuple[int, str] | None = None,
+    embeddings: int | None = None,
 ) -> tuple[list[Row], str]:
     """Rows of a JSONL file cut to `max_length` tokens, and what was left out, in words ("" for nothing).
 
     Args:
         template: further variables of the chat template.
         positions: how many positions a model has, and its name; rows longer than that, once cut, are left out.
+        embeddings: how many token ids the models have embeddings for, where a tokenizer may have more.
 
-    Left out and named are lines that are none of the forms above, or have ids outside the tokenizer's vocabulary; left
-    out and counted are rows whose prompt leaves no room for a response, and rows beyond `positions`.
+    Left out and named are lines that are none of the forms above, or have ids outside the vocabulary of tokenizer or
+    models; left out and counted are rows whose prompt leaves no room for a response, and rows beyond `positions`.
     Raises SteeringError when the file cannot be read, nothing is left, or too little (`LEAST_ROWS`, `LEAST_TOKENS`).
     """
     bad, limits = LeftOut(path), _Limits(path, max_length, positions)
-    vocabulary = 1 + max(tokenizer.get_vocab().values())
+    vocabulary = min(1 + max(tokenizer.get_vocab().values()), embeddings or sys.maxsize)
     rows: list[Row] = []
     for number, line in read_lines(path):
         try:
@@ -92,7 +96,7 @@ def read_file(
 
 
 class _OutsideVocabulary(SteeringError):
-    """Token ids that the tokenizer does not have: a model's embeddings may be padded."""
+    """Token ids that no text has: a model's embeddings may be padded, and sampling may find the padding."""
 
 
 class _Limits:
@@ -184,21 +188,22 @@ def _row(line: bytes, tokenizer: Any, template: dict[str, Any] | None, vocabular
         check_text("category", category)
     if "text" in raw:
         check_text("text", raw["text"])
-        return Row(tuple(tokenizer(raw["text"])["input_ids"]), 0, category)
-    if "prompt_ids" in raw:
-        prompt, response = (_ids(raw[key], key, vocabulary) for key in ("prompt_ids", "response_ids"))
+        prompt, response = [], tokenizer(raw["text"])["input_ids"]
+    elif "prompt_ids" in raw:
+        prompt, response = (_ids(raw[key], key) for key in ("prompt_ids", "response_ids"))
     else:
         tools = check_tools(raw)
         prompt = encode_prompt(tokenizer, check_prompt(raw["prompt"]), template, tools)
         check_text("response", raw["response"], blank=True)
         response = tokenizer(raw["response"], add_special_tokens=False)["input_ids"]
+    for what, ids in (("prompt_ids", prompt), ("response_ids", response)):
+        if outside := [i for i in ids if i >= vocabulary]:
+            found = reprlib.repr(outside[0])
+            raise _OutsideVocabulary(f"{what}: allowed are token ids from 0 to {vocabulary - 1}, found {found}")
     return Row((*prompt, *response), len(prompt), category)
 
 
-def _ids(ids: Any, what: str, vocabulary: int) -> list[int]:
-    allowed = f"{what}: allowed is a list of token ids from 0 to {vocabulary - 1}"
+def _ids(ids: Any, what: str) -> list[int]:
     if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
-        raise SteeringError(f"{allowed}, found {reprlib.repr(ids)}")
-    if outside := [i for i in ids if i >= vocabulary]:
-        raise _OutsideVocabulary(f"{allowed}, found {reprlib.repr(outside[0])}")
+        raise SteeringError(f"{what}: allowed is a list of token ids, found {reprlib.repr(ids)}")
     return ids

@@ -100,6 +100,8 @@ def encode_prompt(
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
+    if getattr(tokenizer, "chat_template", "") is None:
+        raise SteeringError("the model has no chat template: give prompts of plain text, or an instruction-tuned model")
     variables = dict(template or {})
     if tools and "tools" in variables:
         raise SteeringError("the line and the chat template's variables both have tools: give one of them")

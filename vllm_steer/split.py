@@ -65,7 +65,7 @@ def split_rows(rows: Sequence[Row], seed: int = SEED) -> tuple[list[Row], list[R
 
 
 def last_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The split before version 0.2: the last twentieth of the file is held out."""
+    """The split of runs that kept no record of it: the last twentieth of the file is held out."""
     if len(rows) < 2:
         raise SteeringError("one usable row cannot be split into training and validation: give at least two")
     held = _wanted(rows)
@@ -79,7 +79,9 @@ def split_of_run(rows: Sequence[Row], checkpoints: Path) -> tuple[list[Row], lis
     """
     path = checkpoints / FILE
     if not path.exists():
-        return last_rows(rows)
+        training, held = last_rows(rows)
+        log.warning("the run to resume held out the last %d rows, as was done then: so does the rest of it", len(held))
+        return training, held
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["held_out"]
         wanted = sorted(map(str, stored))
