@@ -19,7 +19,7 @@ from pairs import Size, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from vllm_steer import checkpoint, losses, train
+from vllm_steer import checkpoint, losses, split, train
 from vllm_steer.batches import read_data
 from vllm_steer.config import SteeringConfig, SteeringError
 from vllm_steer.data import Row, collate, read_rows
@@ -36,7 +36,9 @@ from vllm_steer.pair import (
 )
 from vllm_steer.provenance import fingerprint
 from vllm_steer.response_file import meta_path
+from vllm_steer.split import in_file_order, split_rows
 from vllm_steer.steering import Steering
+from vllm_steer.tokenizer import load_tokenizer
 from vllm_steer.train import TrainConfig
 
 VOCAB = 40
@@ -461,7 +463,7 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
     given = dict(mode="steer", loss="tvd", steps=1, batch_size=2, lr=0.5, drafter_lr=0.1, k=2, rank=4)
     given |= dict(target_layers=(0, 1, 2), steered_layers=(1,), max_length=12, precision="bfloat16", seed=3)
     given |= dict(save_every=7, offsets="block", accumulate=2, keep="last", cache=str(tmp_path / "cache"))
-    given |= dict(report_to=("tensorboard",), control=str(folder / "drafter"))
+    given |= dict(report_to=("tensorboard",), control=str(folder / "drafter"), chat_template_kwargs='{"loud": true}')
     words = ["--gradient-checkpointing", *(f"--{name}={folder / name}" for name in ("target", "drafter"))]
     words += [f"--data={folder / 'data.jsonl'}", f"--output={tmp_path / 'out'}"]
     for name, value in given.items():
@@ -478,6 +480,7 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
     assert config.acceptance["trained"]["positions"] == 12 - 6
     words = "--loss tvd,--lr 0.5,--seed 3,--precision bfloat16,--save-every 7,--drafter-lr 0.1,--offsets block"
     words += ",--accumulate 2,--keep last,--cache cache,--gradient-checkpointing,--report-to tensorboard"
+    words += """,--chat-template-kwargs '{"loud": true}'"""
     for word in words.split(","):
         assert word in config.provenance["command"]
 
@@ -502,6 +505,69 @@ def test_every_form_of_a_row(folder: Path, tmp_path: Path) -> None:
         Row((7, 8, 9), 0),
         Row((1, 2, 3, 4), 2),
     ]
+
+
+def test_rows_are_formatted_as_they_are_served(folder: Path, tmp_path: Path) -> None:
+    """With the target's template, its variables and its end of sequence, whatever the drafter's are."""
+    for name in MODELS:
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "target/chat_template.jinja").write_text("w1 {{ messages[0].content }} {{ 'w3' if loud else 'w2' }}")
+    (tmp_path / "drafter/chat_template.jinja").unlink()
+    lines = [{"prompt": [{"role": "user", "content": f"w{i}"}], "response": "w7 w8 w9 w10"} for i in range(11, 19)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kwargs, last in (("{}", 2), ('{"loud": true}', 3)):
+        config = options(tmp_path, tmp_path / f"out{last}", chat_template_kwargs=kwargs, mode="joint")
+        rows, held_out = read_data(config, load_tokenizer(config.target, config.drafter))
+        assert {row.prompt for row in [*rows, *held_out]} == {(1, i, last) for i in range(11, 19)}
+        assert f"--chat-template-kwargs '{kwargs}'" in train._provenance(config)["command"]
+    train.train(config)
+    served = AutoTokenizer.from_pretrained(tmp_path / "target")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out3").chat_template == served.chat_template
+    with pytest.raises(SteeringError, match="--chat-template-kwargs is not valid JSON"):
+        options(tmp_path, tmp_path / "out", chat_template_kwargs="{")
+
+
+def test_no_prompt_of_another_file_is_held_out(folder: Path, tmp_path: Path, caplog) -> None:
+    """Rows of later files whose prompt is held out are left out and counted; the split is by prompt."""
+    rows = [{"prompt_ids": [1 + i, 2], "response_ids": [3, 4, 5, j + 1]} for i in range(20) for j in range(4)]
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for path, chosen in ((first, rows), (second, rows[::2])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    config = options(folder, tmp_path / "out", data=(str(first), str(second)))
+    training, held_out = read_data(config, AutoTokenizer.from_pretrained(folder / "target"))
+    assert len(held_out) == 4 and len({row.prompt for row in held_out}) == 1
+    assert len(training) == 76 + 38 and not {row.prompt for row in training} & {row.prompt for row in held_out}
+    assert "second.jsonl: 2 of 40 rows left out: their prompts are held out" in caplog.text
+    everything = in_file_order(training, held_out)[0]
+    assert [row.ids[0] for row in everything[:80]] == [row["prompt_ids"][0] for row in rows]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_resumed_run_keeps_its_split(folder: Path, tmp_path: Path, old: bool, monkeypatch) -> None:
+    """A new run by what it stored, whatever is chosen today; one from before there was a record, the last rows."""
+    kept, describe = {}, split.describe
+
+    def watched(rows, held_out, name):
+        kept["held"] = [row.number for row in held_out]
+        return describe(rows, held_out, name)
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    config = options(folder, tmp_path / "out", steps=4, save_every=2)
+    monkeypatch.setattr(split, "describe", watched)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "_round_weights", kill)
+        train.train(config)
+    began = kept["held"]
+    rows = read_rows(config.data[0], AutoTokenizer.from_pretrained(folder / "target"), 99)
+    assert began == [row.number for row in split_rows(rows)[1]]
+    record = tmp_path / "out/checkpoints" / split.FILE
+    if old:
+        record.unlink()
+    monkeypatch.setattr("vllm_steer.batches.split_rows", lambda rows: pytest.fail("a resumed run does not choose"))
+    train.train(dataclasses.replace(config, resume=True))
+    assert kept["held"] == ([23] if old else began) and began != [23]
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
