@@ -188,9 +188,9 @@ def test_rows_that_limits_take_are_counted_and_said(tmp_path: Path, tokenizer: A
     found, summary = read_file(write(tmp_path / "p.jsonl", *lines), tokenizer, 64)
     assert [len(row.ids) for row in found] == [20] * 6 + [64] and [row.number for row in found] == list(range(7))
     for said in (
-        "of 11 rows 2 rows left out: prompts that leave no room for a response in 64 tokens (--max-length)",
-        "of 11 rows 2 rows left out: ids outside the vocabulary",
-        "of 11 rows 1 rows cut to 64 tokens (--max-length), which takes 46 of 160 response tokens",
+        "2 of 11 rows left out: prompts that leave no room for a response in 64 tokens (--max-length)",
+        "2 of 11 rows left out: ids outside the vocabulary",
+        "1 of 11 rows cut to 64 tokens (--max-length), which takes 46 of 160 response tokens",
         "line 10 left out: response_ids: allowed are token ids from 0 to 511, found 512",
         "line 11 left out: prompt_ids: allowed are token ids from 0 to 511, found 1000000000",
         "2 of 11 lines left out",
@@ -202,7 +202,7 @@ def test_rows_that_limits_take_are_counted_and_said(tmp_path: Path, tokenizer: A
 def test_rows_beyond_a_models_positions_are_left_out(tmp_path: Path, tokenizer: Any, caplog) -> None:
     source = write(tmp_path / "p.jsonl", *rows((10, 22), (10, 23), (10, 100)), {"text": "x"})
     assert len(read_rows(source, tokenizer, 64, positions=(32, "D"))) == 2
-    said = "of 4 rows 2 rows left out: longer than the 32 positions of D (--max-length 32 would cut them)"
+    said = "2 of 4 rows left out: longer than the 32 positions of D (--max-length 32 would cut them)"
     assert said in caplog.text
     assert len(read_rows(source, tokenizer, 32, positions=(32, "D"))) == 4
 
@@ -219,7 +219,7 @@ def test_ids_without_an_embedding_are_left_out(tmp_path: Path, tokenizer: Any, c
         (
             rows(*[(5, 5)] * 10, *[(70, 5)] * 190),
             {},
-            "only 10 of the 200 rows .*: 190 rows left out: prompts that leave",
+            "only 10 of the 200 rows .*: 190 of 200 rows left out: prompts that leave",
         ),
         (rows(*[(5, 5)] * 10, *[(5, 40)] * 11), {"positions": (32, "D")}, "only 10 of the 21 .* 32 positions of D"),
         ([*rows((5, 5)), *[{"prompt_ids": [1], "response_ids": [600]}] * 3], {}, "only 1 of the 4 .* 3 lines left out"),

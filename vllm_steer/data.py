@@ -82,8 +82,9 @@ def read_file(
         else:
             if row is not None:
                 rows.append(replace(row, number=len(rows)))
+    limits.kept = len(rows)
     bad.say(len(rows) + limits.lost.total() - limits.lost["ids outside the vocabulary"])
-    limits.say(len(rows))
+    limits.say()
     reasons = [f"{bad.count} lines left out, the first is {bad.first}"] if bad.count else []
     summary = "; ".join([*reasons, *limits.reasons()])
     if not rows:
@@ -91,7 +92,7 @@ def read_file(
             f"{path} has no row with a response within {max_length} tokens ({summary or 'it is empty'}): a line is "
             f"{ALLOWED}; raise --max-length for long prompts"
         )
-    limits.require_enough(len(rows), summary)
+    limits.require_enough(summary)
     return rows, summary
 
 
@@ -105,7 +106,8 @@ class _Limits:
     def __init__(self, path: str | Path, length: int, positions: tuple[int, str] | None):
         self.path, self.length, self.positions = path, length, positions
         self.lost: Counter[str] = Counter()  # rows by reason
-        self.cut = self.cut_tokens = self.tokens = 0  # rows; response tokens cut off, and before cutting
+        self.kept = self.cut = 0  # rows
+        self.cut_tokens = self.tokens = 0  # of responses: cut off, and before cutting
 
     def apply(self, row: Row) -> Row | None:
         """The row cut to the length, or None when nothing that can be trained on is left of it."""
@@ -126,23 +128,25 @@ class _Limits:
 
     def reasons(self) -> list[str]:
         """What was lost and cut, in words."""
-        found = [f"{count} rows left out: {reason}" for reason, count in self.lost.items() if count]
+        rows = self.kept + self.lost.total()
+        found = [f"{count} of {rows} rows left out: {reason}" for reason, count in self.lost.items() if count]
         if self.cut:
             share = f"{self.cut_tokens} of {self.tokens} response tokens"
-            found.append(f"{self.cut} rows cut to {self.length} tokens (--max-length), which takes {share}")
+            found.append(f"{self.cut} of {rows} rows cut to {self.length} tokens (--max-length), which takes {share}")
         return found
 
-    def say(self, kept: int) -> None:
-        """Warn of every reason, with the number of rows that are kept."""
+    def say(self) -> None:
+        """Warn of every reason."""
         for reason in self.reasons():
-            log.warning("%s: of %d rows %s", self.path, kept + self.lost.total(), reason)
+            log.warning("%s: %s", self.path, reason)
 
-    def require_enough(self, kept: int, summary: str) -> None:
+    def require_enough(self, summary: str) -> None:
         """Raises SteeringError when so little is left that nobody can have meant it."""
-        rows = kept + self.lost.total()
-        if kept < LEAST_ROWS * rows:
+        rows = self.kept + self.lost.total()
+        if self.kept < LEAST_ROWS * rows:
             raise SteeringError(
-                f"only {kept} of the {rows} rows of {self.path} can be used, fewer than half: {summary}"
+                f"only {self.kept} of the {rows} rows of {self.path} can be used, fewer than half: {summary}; change "
+                "that, or leave those rows out of the file"
             )
         if self.tokens - self.cut_tokens < LEAST_TOKENS * self.tokens:
             raise SteeringError(
