@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_steer import endpoint, evaluate
 from vllm_steer.batches import model_limits
 from vllm_steer.config import SteeringError
 from vllm_steer.data import read_file, read_rows
-from vllm_steer.prompts import encode_prompt, read_prompts
+from vllm_steer.evaluate import BenchConfig
+from vllm_steer.prompts import Prompt, encode_prompt, read_prompts
 
 TARGET = Path(__file__).parent.parent / "examples/tiny_pair/target"
 USER = {"role": "user", "content": "hi"}
@@ -157,6 +160,36 @@ def test_tools_that_no_one_reads_are_refused(tmp_path: Path, caplog) -> None:
         encode_prompt(tokenizer, [USER], {"tools": [{"name": "mul"}]}, [{"name": "add"}])
     with pytest.raises(SteeringError, match="the chat has half a surrogate pair"):
         encode_prompt(tokenizer, [USER | {"role": "\udc00"}])
+
+
+def test_a_benchmark_leaves_out_what_the_template_refuses(tmp_path: Path, caplog) -> None:
+    tools = {"prompt": [USER], "tools": [{"name": "add"}]}
+    given = {"output": str(tmp_path / "out"), "target": str(TARGET), "drafters": ("plain=d",)}
+    config = BenchConfig(prompts=write(tmp_path / "p.jsonl", tools, {"prompt": [USER]}), **given)
+    kept, dropped, _ = evaluate._encode(config, [])
+    assert [prompt["id"] for prompt in kept] == ["line-2"]
+    assert dropped[0]["id"] == "line-1" and "ignores tools" in dropped[0]["reason"]
+    assert "prompt line-1 left out: the chat template ignores tools" in caplog.text
+    config = BenchConfig(prompts=write(tmp_path / "p.jsonl", tools), **given)
+    with pytest.raises(SteeringError, match="can be used; 1 were refused: the chat template ignores tools"):
+        evaluate._encode(config, [])
+
+
+def test_a_server_gets_the_tools_of_a_prompt() -> None:
+    pytest.importorskip("openai")
+    asked = []
+
+    def create(**given: Any) -> SimpleNamespace:
+        asked.append(given)
+        return SimpleNamespace(usage=SimpleNamespace(completion_tokens=3))
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for prompt in (Prompt("a", [USER], None, tools), Prompt("b", [USER])):
+        assert endpoint._ask(client, prompt, {"seed": 1}) == 3
+    assert asked[0] == {"messages": [USER], "tools": tools, "tool_choice": "none", "seed": 1}
+    assert asked[1] == {"messages": [USER], "seed": 1}
+    assert "tools" in Prompt("a", [USER], None, tools).to_dict() and "tools" not in Prompt("b", [USER]).to_dict()
 
 
 def test_a_flood_of_bad_lines_is_counted(tmp_path: Path, tokenizer: Any, caplog) -> None:

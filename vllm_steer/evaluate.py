@@ -243,12 +243,19 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     tokenizer = read_tokenizer(config.target)
     kept, dropped, template = [], [], config.template_options
     for prompt in config.read_prompts():
-        ids = encode_prompt(tokenizer, prompt.prompt, template, prompt.tools)
+        try:
+            ids = encode_prompt(tokenizer, prompt.prompt, template, prompt.tools)
+        except SteeringError as error:
+            dropped.append({"id": prompt.id, "reason": str(error)})
+            log.warning("prompt %s left out: %s", prompt.id, error)
+            continue
         if 0 < len(ids) <= most:
             kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
         else:
             dropped.append({"id": prompt.id, "tokens": len(ids)})
             log.warning("prompt %s left out: %d tokens, allowed are 1 to %d", prompt.id, len(ids), most)
+    if not kept and (refused := [prompt["reason"] for prompt in dropped if "reason" in prompt]):
+        raise SteeringError(f"no prompt of {config.prompts} can be used; {len(refused)} were refused: {refused[0]}")
     if not kept:
         raise SteeringError(
             f"no prompt of {config.prompts} fits: {room} tokens of prompt and answer leave {max(0, most)} for the "
