@@ -104,6 +104,7 @@ def measure_directory(target: str | Path, drafter: str | Path, steering: str | P
     if checkpoint.has_steering(steering):
         module = checkpoint.load_for(steering, big.config, small.config)
         layers = module.config.target_layer_ids
-    rows = read_rows(data, tokenizer, big.config.max_position_embeddings)
+    lengths = [getattr(text_config(m.config), "max_position_embeddings", None) for m in (big, small)]
+    rows = read_rows(data, tokenizer, min((n for n in lengths if n), default=sys.maxsize))
     batches = (collate(rows[i : i + 8]) for i in range(0, len(rows), 8))
     return measure(Pair(small, module, big).eval(), (b | read_target(big, b, layers) for b in batches), k)
