@@ -174,7 +174,11 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--args", nargs=argparse.REMAINDER, default=[], help="further options of `vllm serve`, last")
     args = parser.parse_args()
-    prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
+    from vllm_steer.data.prompts import read_prompts
+
+    prompts = [found.prompt for found in read_prompts(str(args.prompts))]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        sys.exit(f"{args.prompts} has chats: this benchmark sends texts to continue")
     options = ("--served-model-name", "model", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
                "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3",
                "--worker-extension-cls", "vllm_steer.serving.scale.Switch", *args.args)  # fmt: skip

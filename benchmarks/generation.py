@@ -44,7 +44,7 @@ def plain(model: str, prompts: str, tokens: int, engine: str) -> float:
     tokenizer, found = AutoTokenizer.from_pretrained(model), read_prompts(prompts, None)
     whole_prompts = {} if torch.accelerator.is_available() else {"enable_chunked_prefill": False}  # as generate does
     llm = LLM(model, **(whole_prompts | json.loads(engine)))
-    ids = [{"prompt_token_ids": encode_prompt(tokenizer, prompt.prompt)} for prompt in found]
+    ids = [{"prompt_token_ids": encode_prompt(tokenizer, prompt.prompt, tools=prompt.tools)} for prompt in found]
     sampling = [
         SamplingParams(temperature=1.0, max_tokens=tokens, seed=response_seed(0, prompt.id, 0)) for prompt in found
     ]

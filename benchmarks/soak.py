@@ -186,11 +186,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    from transformers import AutoTokenizer
+    from vllm_steer.data.prompts import encode_prompt, read_prompts
+    from vllm_steer.drafters.tokenizer import read_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.limit]
-    prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
+    tokenizer = read_tokenizer(args.target)
+    found = read_prompts(str(args.prompts))[: args.limit]
+    prompts = [encode_prompt(tokenizer, prompt.prompt, tools=prompt.tools) for prompt in found]
     common = ("--served-model-name", "model", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
               "--gpu-memory-utilization", "0.3", "--block-size", "32", *args.args)  # fmt: skip
     tiny = ("--num-gpu-blocks-override", str(args.kv_blocks), "--max-num-seqs", "8")

@@ -91,8 +91,9 @@ def find_pair(name: str, scratch: Path) -> Pair:
         note = f"no trained steering in {root}: a zero one of rank {ZERO_RANK}, so it must draft like the plain drafter"
     prompts = QUESTIONS
     if not chat:
-        lines = (root / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-        prompts = tuple(json.loads(line)["prompt"] for line in lines if line.strip())
+        from vllm_steer.data.prompts import read_prompts
+
+        prompts = tuple(found.prompt for found in read_prompts(str(root / "heldout.jsonl")))
     return Pair(root / "target", root / "drafter", steered, note, prompts, chat, max_model_len=2048 if chat else 1024)
 
 

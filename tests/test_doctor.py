@@ -243,6 +243,20 @@ def test_tokenizer_and_tables(tmp_path: Path) -> None:
     assert (tokenizer.status, table.status) == (OK, FAIL) and "tables of 640 (target) and 512 (drafter)" in table.seen
 
 
+def test_tokenizers_that_differ_in_what_they_do(tmp_path: Path) -> None:
+    """Another encoding fails with the vocabulary the same; another template is a warning, by name."""
+    drafter = changed(STEERED, tmp_path / "drafter")
+    (drafter / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    found = next(iter(checks.vocabulary(pair_case(drafter=drafter))))
+    assert found.status == WARNING and "512 tokens, the same in both; the chat templates differ" in found.seen
+    path = drafter / "tokenizer.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw["model"]["merges"].pop()
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    found = examined(checkpoint=str(drafter), target=TARGET)["tokenizer"]
+    assert found.status == FAIL and "speculation needs one tokenizer" in found.seen
+
+
 def test_shorter_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     short = changed(STEERED, tmp_path / "short", max_position_embeddings=256)
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)

@@ -21,12 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import fingerprint
-from vllm_steer.data.dataset import Row, collate, read_rows, split_rows
+from vllm_steer.data import split
+from vllm_steer.data.dataset import Row, collate, read_rows
 from vllm_steer.data.response_file import meta_path
+from vllm_steer.data.split import in_file_order, split_rows
 from vllm_steer.decoding.chain import generate
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.training import losses, trainer
 from vllm_steer.training.acceptance import fixed_sources, measure_directory, walk
 from vllm_steer.training.batches import read_data
@@ -296,7 +299,8 @@ def test_what_is_measured_is_what_is_stored(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "data.jsonl").write_bytes((folder / "data.jsonl").read_bytes())
     trained = trainer.train(options(tmp_path, tmp_path / "adapter", mode="steer", lr=0.1, steps=5))["trained"]
     merged = checkpoint.merge_adapter(tmp_path / "adapter", tmp_path / "drafter", tmp_path / "full")
-    (tmp_path / "held.jsonl").write_text((folder / "data.jsonl").read_text().splitlines()[-1])
+    _, [held] = read_data(options(folder, tmp_path / "new"), AutoTokenizer.from_pretrained(folder / "target"))
+    (tmp_path / "held.jsonl").write_text((folder / "data.jsonl").read_text().splitlines()[held.number])
     assert measure_directory(tmp_path / "target", merged, merged, tmp_path / "held.jsonl", 3) == trained
     plain = measure_directory(tmp_path / "target", merged, tmp_path, tmp_path / "held.jsonl", 3)
     assert len(set(plain["overlap"])) == 1 and plain["overlap"] != trained["overlap"]
@@ -334,7 +338,7 @@ def test_a_prediction_on_the_targets_own_greedy_text_is_what_the_reference_loop_
 
 
 def test_responses_shorter_than_a_block_are_refused(folder: Path, tmp_path: Path) -> None:
-    rows = [{"prompt_ids": [1, 2, 3, 4, 5, 6], "response_ids": [1, 2]}] * 4
+    rows = [{"prompt_ids": [1, 2, 3, 4, 5, 6 + i], "response_ids": [1, 2]} for i in range(4)]
     (tmp_path / "short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SteeringError, match="no held-out response has 3 tokens"):
         trainer.train(options(folder, tmp_path / "out", data=(str(tmp_path / "short.jsonl"),)))
@@ -454,7 +458,7 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
     given = dict(mode="steer", loss="tvd", steps=1, batch_size=2, lr=0.5, drafter_lr=0.1, k=2, rank=4)
     given |= dict(target_layers=(0, 1, 2), steered_layers=(1,), max_length=12, precision="bfloat16", seed=3)
     given |= dict(save_every=7, offsets="block", accumulate=2, keep="last", cache=str(tmp_path / "cache"))
-    given |= dict(report_to=("tensorboard",), control=str(folder / "drafter"))
+    given |= dict(report_to=("tensorboard",), control=str(folder / "drafter"), chat_template_kwargs='{"loud": true}')
     words = ["--gradient-checkpointing", *(f"--{name}={folder / name}" for name in ("target", "drafter"))]
     words += [f"--data={folder / 'data.jsonl'}", f"--output={tmp_path / 'out'}"]
     for name, value in given.items():
@@ -471,6 +475,7 @@ def test_the_command_line_reaches_every_option(folder: Path, tmp_path: Path, cap
     assert config.acceptance["trained"]["positions"] == 12 - 6
     words = "--loss tvd,--lr 0.5,--seed 3,--precision bfloat16,--save-every 7,--drafter-lr 0.1,--offsets block"
     words += ",--accumulate 2,--keep last,--cache cache,--gradient-checkpointing,--report-to tensorboard"
+    words += """,--chat-template-kwargs '{"loud": true}'"""
     for word in words.split(","):
         assert word in config.provenance["command"]
 
@@ -497,10 +502,69 @@ def test_every_form_of_a_row(folder: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_the_end_of_the_file_is_held_out() -> None:
-    rows = [Row((i,), 0) for i in range(100)]
-    assert split_rows(rows) == (rows[:95], rows[95:])
-    assert len(split_rows(rows * 100)[1]) == 64
+def test_rows_are_formatted_as_they_are_served(folder: Path, tmp_path: Path) -> None:
+    """With the target's template, its variables and its end of sequence, whatever the drafter's are."""
+    for name in MODELS:
+        shutil.copytree(folder / name, tmp_path / name)
+    (tmp_path / "target/chat_template.jinja").write_text("w1 {{ messages[0].content }} {{ 'w3' if loud else 'w2' }}")
+    (tmp_path / "drafter/chat_template.jinja").unlink()
+    lines = [{"prompt": [{"role": "user", "content": f"w{i}"}], "response": "w7 w8 w9 w10"} for i in range(11, 19)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for kwargs, last in (("{}", 2), ('{"loud": true}', 3)):
+        config = options(tmp_path, tmp_path / f"out{last}", chat_template_kwargs=kwargs, mode="joint")
+        rows, held_out = read_data(config, load_tokenizer(config.target, config.drafter))
+        assert {row.prompt for row in [*rows, *held_out]} == {(1, i, last) for i in range(11, 19)}
+        assert f"--chat-template-kwargs '{kwargs}'" in trainer._provenance(config)["command"]
+    trainer.train(config)
+    served = AutoTokenizer.from_pretrained(tmp_path / "target")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out3").chat_template == served.chat_template
+    with pytest.raises(SteeringError, match="--chat-template-kwargs is not valid JSON"):
+        options(tmp_path, tmp_path / "out", chat_template_kwargs="{")
+
+
+def test_no_prompt_of_another_file_is_held_out(folder: Path, tmp_path: Path, caplog) -> None:
+    """Rows of later files whose prompt is held out are left out and counted; the split is by prompt."""
+    rows = [{"prompt_ids": [1 + i, 2], "response_ids": [3, 4, 5, j + 1]} for i in range(20) for j in range(4)]
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for path, chosen in ((first, rows), (second, rows[::2])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    config = options(folder, tmp_path / "out", data=(str(first), str(second)))
+    training, held_out = read_data(config, AutoTokenizer.from_pretrained(folder / "target"))
+    assert len(held_out) == 4 and len({row.prompt for row in held_out}) == 1
+    assert len(training) == 76 + 38 and not {row.prompt for row in training} & {row.prompt for row in held_out}
+    assert "second.jsonl: 2 of 40 rows left out: their prompts are held out" in caplog.text
+    everything = in_file_order(training, held_out)[0]
+    assert [row.ids[0] for row in everything[:80]] == [row["prompt_ids"][0] for row in rows]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_resumed_run_keeps_its_split(folder: Path, tmp_path: Path, old: bool, monkeypatch) -> None:
+    """A new run by what it stored, whatever is chosen today; one from before there was a record, the last rows."""
+    kept, describe = {}, split.describe
+
+    def watched(rows, held_out, name):
+        kept["held"] = [row.number for row in held_out]
+        return describe(rows, held_out, name)
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    config = options(folder, tmp_path / "out", steps=4, save_every=2)
+    monkeypatch.setattr(split, "describe", watched)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "_round_weights", kill)
+        trainer.train(config)
+    began = kept["held"]
+    rows = read_rows(config.data[0], AutoTokenizer.from_pretrained(folder / "target"), 99)
+    assert began == [row.number for row in split_rows(rows)[1]]
+    record = tmp_path / "out/checkpoints" / split.FILE
+    if old:
+        record.unlink()
+    monkeypatch.setattr(
+        "vllm_steer.training.batches.split_rows", lambda rows: pytest.fail("a resumed run does not choose")
+    )
+    trainer.train(dataclasses.replace(config, resume=True))
+    assert kept["held"] == ([23] if old else began) and began != [23]
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------

@@ -141,7 +141,9 @@ def _ask(client: Any, prompt: Prompt, asked: dict[str, Any]) -> int | str:
         if isinstance(prompt.prompt, str):
             answer = client.completions.create(prompt=prompt.prompt, **asked)
         else:
-            answer = client.chat.completions.create(messages=prompt.prompt, **asked)
+            # "none" keeps the tools in the prompt and asks for text, which needs no tool parser in the server.
+            tools = {"tools": prompt.tools, "tool_choice": "none"} if prompt.tools else {}
+            answer = client.chat.completions.create(messages=prompt.prompt, **tools, **asked)
     except APIConnectionError as error:  # also when it does not answer in time
         raise SteeringError(f"the server stopped answering at prompt {prompt.id!r} ({error})") from None
     except APIStatusError as error:

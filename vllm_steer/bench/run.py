@@ -25,6 +25,7 @@ from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config, text_config
+from vllm_steer.drafters.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
             "prompts": config.prompts,
             "split": config.marked,
             "number_of_prompts": len(prompts),
-            "prompts_sha256": _digest([dataclasses.asdict(prompt) for prompt in prompts]),
+            "prompts_sha256": _digest([prompt.to_dict() for prompt in prompts]),
             "temperature": list(config.temperature),
         },
         "summary": parts,
@@ -238,21 +239,26 @@ def _unlike(run: dict[str, Any], none: dict[str, Any]) -> int:
 
 def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], int]:
     """Prompts as token ids, those too long for the engine, and the engine's length."""
-    from transformers import AutoTokenizer
-
     lengths = [n for m in models if (n := getattr(text_config(m), "max_position_embeddings", None))]
     room = config.max_model_len or min([*lengths, LONGEST])
     # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
     most = room - block_counting.tokens_to_ask(config.max_tokens, config.k) - 2 * (config.k + 1)
-    tokenizer = AutoTokenizer.from_pretrained(config.target)
+    tokenizer = read_tokenizer(config.target)
     kept, dropped, template = [], [], config.template_options
     for prompt in config.read_prompts():
-        ids = encode_prompt(tokenizer, prompt.prompt, template)
+        try:
+            ids = encode_prompt(tokenizer, prompt.prompt, template, prompt.tools)
+        except SteeringError as error:
+            dropped.append({"id": prompt.id, "reason": str(error)})
+            log.warning("prompt %s left out: %s", prompt.id, error)
+            continue
         if 0 < len(ids) <= most:
             kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
         else:
             dropped.append({"id": prompt.id, "tokens": len(ids)})
             log.warning("prompt %s left out: %d tokens, allowed are 1 to %d", prompt.id, len(ids), most)
+    if not kept and (refused := [prompt["reason"] for prompt in dropped if "reason" in prompt]):
+        raise SteeringError(f"no prompt of {config.prompts} can be used; {len(refused)} were refused: {refused[0]}")
     if not kept:
         raise SteeringError(
             f"no prompt of {config.prompts} fits: {room} tokens of prompt and answer leave {max(0, most)} for the "

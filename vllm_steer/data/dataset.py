@@ -1,16 +1,24 @@
 """Training data: rows of a JSONL file as token ids with a known prompt length, padded into batches.
 
-A line is one of (other keys, such as `generate` writes, are left alone)
-    {"prompt": TEXT or chat messages, "response": TEXT}     messages go through the tokenizer's chat template
+A line is one of (other keys, such as `generate` writes, are left alone; a "category" stratifies the held-out rows)
+    {"prompt": TEXT or chat messages, "response": TEXT}     messages go through the tokenizer's chat template, with the
+                                                            "tools" beside them
     {"text": TEXT}                                          no prompt: every token is a response
     {"prompt_ids": [...], "response_ids": [...]}            token ids, taken as they are
+
+Lines that cannot be used are left out, named and counted, as in prompt files (jsonl.py). Rows that the limits of a run
+take away or cut (its length, the models' positions and vocabulary) are counted and said; a run that they leave less
+than half of the rows, or a tenth of the response tokens, is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
+import logging
+import reprlib
+import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +26,133 @@ import torch
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.data.jsonl import LeftOut, check_prompt, check_text, check_tools, parse_line, read_lines
 from vllm_steer.data.prompts import encode_prompt
+from vllm_steer.data.split import Row, split_rows
+
+__all__ = ["Row", "collate", "read_file", "read_rows", "sha256", "split_rows", "without_prompts"]
+
+log = logging.getLogger(__name__)
 
 FORMS = ({"prompt", "response"}, {"text"}, {"prompt_ids", "response_ids"})
 ALLOWED = '{"prompt", "response"}, {"text"} or {"prompt_ids", "response_ids"}'
+LEAST_ROWS, LEAST_TOKENS = 1 / 2, 1 / 10  # of rows and of response tokens, that the limits of a run must leave
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence of token ids; the first `prompt_length` of them are the prompt."""
+def read_rows(
+    path: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    template: dict[str, Any] | None = None,
+    positions: tuple[int, str] | None = None,
+    embeddings: int | None = None,
+) -> list[Row]:
+    """`read_file` without its summary."""
+    return read_file(path, tokenizer, max_length, template, positions, embeddings)[0]
 
-    ids: tuple[int, ...]
-    prompt_length: int
 
+def read_file(
+    path: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    template: dict[str, Any] | None = None,
+    positions: tuple[int, str] | None = None,
+    embeddings: int | None = None,
+) -> tuple[list[Row], str]:
+    """Rows of a JSONL file cut to `max_length` tokens, and what was left out, in words ("" for nothing).
 
-def read_rows(path: str | Path, tokenizer: Any, max_length: int) -> list[Row]:
-    """Read a JSONL file, cutting rows to `max_length` tokens; rows left without a response are dropped.
+    Args:
+        template: further variables of the chat template.
+        positions: how many positions a model has, and its name; rows longer than that, once cut, are left out.
+        embeddings: how many token ids the models have embeddings for, where a tokenizer may have more.
 
-    Raises SteeringError naming the line for anything that is not one of the forms above, and when no row is left.
+    Left out and named are lines that are none of the forms above, or have ids outside the vocabulary of tokenizer or
+    models; left out and counted are rows whose prompt leaves no room for a response, and rows beyond `positions`.
+    Raises SteeringError when the file cannot be read, nothing is left, or too little (`LEAST_ROWS`, `LEAST_TOKENS`).
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise SteeringError(f"cannot read {path}: {error.strerror}; give a JSONL file with lines {ALLOWED}") from None
-    except UnicodeDecodeError as error:
-        raise SteeringError(f"{path} is not UTF-8 ({error}): save it as UTF-8 JSONL") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        row = _parse(line, f"{path}, line {number}", tokenizer)
-        row = Row(row.ids[:max_length], row.prompt_length)
-        if len(row.ids) > row.prompt_length:
-            rows.append(row)
+    bad, limits = LeftOut(path), _Limits(path, max_length, positions)
+    vocabulary = min(1 + max(tokenizer.get_vocab().values()), embeddings or sys.maxsize)
+    rows: list[Row] = []
+    for number, line in read_lines(path):
+        try:
+            row = limits.apply(_row(line, tokenizer, template, vocabulary))
+        except SteeringError as error:
+            bad.add(path, number, error)
+            limits.lost["ids outside the vocabulary"] += isinstance(error, _OutsideVocabulary)
+        else:
+            if row is not None:
+                rows.append(replace(row, number=len(rows)))
+    limits.kept = len(rows)
+    bad.say(len(rows) + limits.lost.total() - limits.lost["ids outside the vocabulary"])
+    limits.say()
+    reasons = [f"{bad.count} lines left out, the first is {bad.first}"] if bad.count else []
+    summary = "; ".join([*reasons, *limits.reasons()])
     if not rows:
-        raise SteeringError(f"{path} has no row with a response within {max_length} tokens: raise --max-length")
-    return rows
+        raise SteeringError(
+            f"{path} has no row with a response within {max_length} tokens ({summary or 'it is empty'}): a line is "
+            f"{ALLOWED}; raise --max-length for long prompts"
+        )
+    limits.require_enough(summary)
+    return rows, summary
+
+
+class _OutsideVocabulary(SteeringError):
+    """Token ids that no text has: a model's embeddings may be padded, and sampling may find the padding."""
+
+
+class _Limits:
+    """What a run's length and its models' positions take from the rows of a file."""
+
+    def __init__(self, path: str | Path, length: int, positions: tuple[int, str] | None):
+        self.path, self.length, self.positions = path, length, positions
+        self.lost: Counter[str] = Counter()  # rows by reason
+        self.kept = self.cut = 0  # rows
+        self.cut_tokens = self.tokens = 0  # of responses: cut off, and before cutting
+
+    def apply(self, row: Row) -> Row | None:
+        """The row cut to the length, or None when nothing that can be trained on is left of it."""
+        if row.prompt_length >= len(row.ids):
+            raise SteeringError("the response is empty")
+        response, kept = len(row.ids) - row.prompt_length, min(len(row.ids), self.length) - row.prompt_length
+        if kept <= 0:
+            self.lost[f"prompts that leave no room for a response in {self.length} tokens (--max-length)"] += 1
+            return None
+        if self.positions and row.prompt_length + kept > self.positions[0]:
+            count, whose = self.positions
+            self.lost[f"longer than the {count} positions of {whose} (--max-length {count} would cut them)"] += 1
+            return None
+        self.tokens += response
+        self.cut += kept < response
+        self.cut_tokens += response - kept
+        return replace(row, ids=row.ids[: self.length])
+
+    def reasons(self) -> list[str]:
+        """What was lost and cut, in words."""
+        rows = self.kept + self.lost.total()
+        found = [f"{count} of {rows} rows left out: {reason}" for reason, count in self.lost.items() if count]
+        if self.cut:
+            share = f"{self.cut_tokens} of {self.tokens} response tokens"
+            found.append(f"{self.cut} of {rows} rows cut to {self.length} tokens (--max-length), which takes {share}")
+        return found
+
+    def say(self) -> None:
+        """Warn of every reason."""
+        for reason in self.reasons():
+            log.warning("%s: %s", self.path, reason)
+
+    def require_enough(self, summary: str) -> None:
+        """Raises SteeringError when so little is left that nobody can have meant it."""
+        rows = self.kept + self.lost.total()
+        if self.kept < LEAST_ROWS * rows:
+            raise SteeringError(
+                f"only {self.kept} of the {rows} rows of {self.path} can be used, fewer than half: {summary}; change "
+                "that, or leave those rows out of the file"
+            )
+        if self.tokens - self.cut_tokens < LEAST_TOKENS * self.tokens:
+            raise SteeringError(
+                f"--max-length {self.length} leaves {self.tokens - self.cut_tokens} of the {self.tokens} response "
+                f"tokens of {self.path}, fewer than a tenth: raise it, or give shorter prompts"
+            )
 
 
 def collate(rows: list[Row]) -> dict[str, Tensor]:
@@ -72,18 +170,10 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
     }
 
 
-def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Training rows and validation rows: the last twentieth of the file, 1 to 64 rows, is held out."""
-    if len(rows) < 2:
-        raise SteeringError("one usable row cannot be split into training and validation: give at least two")
-    held = min(64, max(1, len(rows) // 20))
-    return rows[:-held], rows[-held:]
-
-
 def without_prompts(rows: list[Row], others: list[Row]) -> list[Row]:
     """The rows whose prompt is no prompt of `others`."""
-    taken = {row.ids[: row.prompt_length] for row in others if row.prompt_length}
-    return [row for row in rows if row.ids[: row.prompt_length] not in taken]
+    taken = {row.prompt for row in others}
+    return [row for row in rows if row.prompt not in taken]
 
 
 def sha256(path: str | Path) -> str:
@@ -92,40 +182,32 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse(line: str, where: str, tokenizer: Any) -> Row:
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SteeringError(f"{where}: not valid JSON ({error}); a line is {ALLOWED}") from None
+def _row(line: bytes, tokenizer: Any, template: dict[str, Any] | None, vocabulary: int) -> Row:
+    """A line's row, uncut. Raises SteeringError saying what is wrong with it."""
+    raw = parse_line(line)
     if not isinstance(raw, dict) or sum(form <= set(raw) for form in FORMS) != 1:
-        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-        raise SteeringError(f"{where}: found {found}; a line is {ALLOWED}")
+        found = reprlib.repr(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise SteeringError(f"found {found}; a line is {ALLOWED}")
+    if (category := raw.get("category")) is not None:
+        check_text("category", category)
     if "text" in raw:
-        return Row(tuple(_encode(raw["text"], f"{where}: text", tokenizer, special=True)), 0)
-    if "prompt_ids" in raw:
-        prompt, response = (_ids(raw[key], f"{where}: {key}", len(tokenizer)) for key in ("prompt_ids", "response_ids"))
+        check_text("text", raw["text"])
+        prompt, response = [], tokenizer(raw["text"])["input_ids"]
+    elif "prompt_ids" in raw:
+        prompt, response = (_ids(raw[key], key) for key in ("prompt_ids", "response_ids"))
     else:
-        prompt = _prompt(raw["prompt"], where, tokenizer)
-        response = _encode(raw["response"], f"{where}: response", tokenizer, special=False)
-    return Row((*prompt, *response), len(prompt))
+        tools = check_tools(raw)
+        prompt = encode_prompt(tokenizer, check_prompt(raw["prompt"]), template, tools)
+        check_text("response", raw["response"], blank=True)
+        response = tokenizer(raw["response"], add_special_tokens=False)["input_ids"]
+    for what, ids in (("prompt_ids", prompt), ("response_ids", response)):
+        if outside := [i for i in ids if i >= vocabulary]:
+            found = reprlib.repr(outside[0])
+            raise _OutsideVocabulary(f"{what}: allowed are token ids from 0 to {vocabulary - 1}, found {found}")
+    return Row((*prompt, *response), len(prompt), category)
 
 
-def _prompt(prompt: Any, where: str, tokenizer: Any) -> list[int]:
-    if not isinstance(prompt, list):
-        return _encode(prompt, f"{where}: prompt", tokenizer, special=True)
-    try:
-        return encode_prompt(tokenizer, prompt)
-    except SteeringError as error:
-        raise SteeringError(f"{where}: {error}") from error
-
-
-def _encode(text: Any, what: str, tokenizer: Any, special: bool) -> list[int]:
-    if not isinstance(text, str):
-        raise SteeringError(f"{what} is {type(text).__name__}, allowed is a string")
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
-
-
-def _ids(ids: Any, what: str, vocab_size: int) -> list[int]:
-    if not isinstance(ids, list) or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
-        raise SteeringError(f"{what}: allowed is a list of token ids from 0 to {vocab_size - 1}")
+def _ids(ids: Any, what: str) -> list[int]:
+    if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+        raise SteeringError(f"{what}: allowed is a list of token ids, found {reprlib.repr(ids)}")
     return ids

@@ -30,6 +30,7 @@ from vllm_steer.common.provenance import fingerprint, origin, public_name
 from vllm_steer.data.prompts import Prompt, encode_prompt, files, is_builtin, read_prompts
 from vllm_steer.data.response_file import ResponseFile, meta_path, write_json
 from vllm_steer.data.vllm_engine import Engine, EngineConfig, Request, run_on_ray
+from vllm_steer.drafters.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _requests(
         if not samples or prompt.id in dropped:
             continue
         try:
-            ids = encode_prompt(tokenizer, prompt.prompt, template)
+            ids = encode_prompt(tokenizer, prompt.prompt, template, prompt.tools)
         except SteeringError as error:
             _drop(dropped, prompt.id, str(error))
             continue
@@ -237,12 +238,7 @@ def _drop(dropped: dict[str, str], prompt: str, reason: str) -> None:
 
 
 def _tokenizer(model: str, prompts: list[Prompt]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise SteeringError(f"cannot load the tokenizer of {model}: {error}") from error
+    tokenizer = read_tokenizer(model)
     if tokenizer.chat_template is None and any(not isinstance(prompt.prompt, str) for prompt in prompts):
         raise SteeringError(f"{model} has no chat template: give prompts of plain text, or an instruction-tuned model")
     return tokenizer

@@ -1,27 +1,32 @@
 """Prompt files and the built-in prompt sets; how a prompt becomes token ids.
 
-A line is {"prompt": TEXT or chat messages} and may have "id" (default: "line-" and its number), "category" and "split"
-(train, validation or test); other keys are ignored. A text is continued as it is, chat messages go through the model's
-chat template.
+A line is {"prompt": TEXT or chat messages} and may have "id" (default: "line-" and its number), "category", "split"
+(train, validation or test) and, beside messages, "tools"; other keys are ignored. A text is continued as it is, chat
+messages and tools go through the model's chat template. The rules for texts and chats are in jsonl.py.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Iterator
+import dataclasses
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_steer.common.errors import SteeringError
-
-log = logging.getLogger(__name__)
+from vllm_steer.data.jsonl import (
+    LeftOut,
+    check_prompt,
+    check_surrogates,
+    check_text,
+    check_tools,
+    parse_line,
+    read_lines,
+)
 
 BUILTIN = ("chat", "code", "math", "summarise", "instructions")
 FOLDER = Path(__file__).parent / "prompt_sets"
 SPLITS = ("train", "validation", "test")
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,12 @@ class Prompt:
     id: str
     prompt: str | list[dict[str, Any]]
     category: str | None = None
+    tools: list[dict[str, Any]] | None = None  # descriptions for the chat template
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; `tools` only if there are any, as before there could be."""
+        found = dataclasses.asdict(self)
+        return found if self.tools else {name: value for name, value in found.items() if name != "tools"}
 
 
 def is_builtin(source: str) -> bool:
@@ -61,103 +72,73 @@ def read_prompts(source: str, split: str | None = None) -> list[Prompt]:
     if split not in (None, *SPLITS):
         raise SteeringError(f"split is {split!r}, allowed are {', '.join(SPLITS)}")
     found: dict[str, tuple[Prompt, str | None]] = {}
-    bad = 0
+    left_out = LeftOut(source)
     for path in files(source):
         category = path.stem if is_builtin(source) else None
-        for number, line in _lines(path):
+        for number, line in read_lines(path):
             try:
                 prompt, mark = _parse(line, f"line-{number}", category)
                 if prompt.id in found:
                     raise SteeringError(f"id {prompt.id!r} was used before")
             except SteeringError as error:
-                bad += 1
-                log.warning("%s, line %d left out: %s", path, number, error)
+                left_out.add(path, number, error)
             else:
                 found[prompt.id] = prompt, mark
-    if bad:
-        log.warning("%s: %d of %d lines left out", source, bad, bad + len(found))
+    left_out.say(len(found))
     kept = [prompt for prompt, mark in found.values() if split in (None, mark)]
     if not kept:
         marked = f' with "split": "{split}"' if split and found else ""
         raise SteeringError(
             f'{source} has no usable line{marked}: a line is {{"prompt": TEXT or chat messages}}'
-            + (f"; {bad} lines were left out, see above" if bad else "")
+            + (f"; {left_out.count} lines were left out, see above" if left_out.count else "")
         )
     return kept
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: str | list[dict[str, Any]], template: dict[str, Any] | None = None
+    tokenizer: Any,
+    prompt: str | list[dict[str, Any]],
+    template: dict[str, Any] | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a prompt: a text as the tokenizer takes it, messages through its chat template up to the answer.
 
-    `template` has further variables for the template, like {"enable_thinking": False}.
-    Raises SteeringError for messages that the template refuses.
+    `template` has further variables for the template, like {"enable_thinking": False}; `tools` are described to it.
+    Raises SteeringError for messages that the template refuses, and for tools that it ignores.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    try:
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **(template or {}))
-    except Exception as error:  # jinja and transformers raise many types; all mean "not a chat this template takes"
-        raise SteeringError(f"the chat template refused these messages ({error})") from error
+    if getattr(tokenizer, "chat_template", "") is None:
+        raise SteeringError("the model has no chat template: give prompts of plain text, or an instruction-tuned model")
+    variables = dict(template or {})
+    if tools and "tools" in variables:
+        raise SteeringError("the line and the chat template's variables both have tools: give one of them")
+    text = _render(tokenizer, prompt, variables | ({"tools": tools} if tools else {}))
+    if tools and text == _render(tokenizer, prompt, variables):
+        raise SteeringError("the chat template ignores tools: leave them out, or give a model that uses them")
+    check_surrogates("the chat", text)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers; undecoded, so that one in another encoding spoils no other."""
+def _render(tokenizer: Any, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise SteeringError(f"cannot read {path}: {error.strerror}; give a JSONL file, or builtin") from None
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
+    except Exception as error:  # jinja and transformers raise many types; all mean "not a chat this template takes"
+        raise SteeringError(f"the chat template refused these messages ({error})") from error
 
 
 def _parse(line: bytes, default_id: str, category: str | None) -> tuple[Prompt, str | None]:
     """A line's prompt and split. Raises SteeringError saying what is wrong with it."""
-    try:
-        raw = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise SteeringError(f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise SteeringError(f"not valid JSON ({error})") from None
+    raw = parse_line(line)
     if not isinstance(raw, dict) or "prompt" not in raw:
         raise SteeringError('no object with the key "prompt"')
-    prompt, name = raw["prompt"], default_id if raw.get("id") is None else raw["id"]
-    if isinstance(prompt, list):
-        _check_messages(prompt)
-    else:
-        _check_text("prompt", prompt)
+    prompt, tools = check_prompt(raw["prompt"]), check_tools(raw)
+    name = default_id if raw.get("id") is None else raw["id"]
     if type(name) is int:
         name = str(name)
-    _check_text("id", name)
+    check_text("id", name)
     if raw.get("category") is not None:
-        _check_text("category", category := raw["category"])
+        check_text("category", category := raw["category"])
     if raw.get("split") not in (None, *SPLITS):
-        raise SteeringError(f"split is {raw['split']!r}, allowed are {', '.join(SPLITS)}")
-    return Prompt(name, prompt, category), raw.get("split")
-
-
-def _check_messages(messages: list[Any]) -> None:
-    if not messages:
-        raise SteeringError("prompt has no messages")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise SteeringError(f"message {number} has no role; allowed are {', '.join(ROLES)}")
-        if message["role"] not in ROLES:
-            raise SteeringError(f"message {number} has role {message['role']!r}; allowed are {', '.join(ROLES)}")
-        _check_text(f"content of message {number}", message.get("content"))
-    if messages[-1]["role"] not in ("user", "tool"):
-        raise SteeringError(f"the last message is the {messages[-1]['role']}'s: there is nothing to answer")
-
-
-def _check_text(what: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise SteeringError(f"{what} is {type(text).__name__}, allowed is a string")
-    if not text.strip():
-        raise SteeringError(f"{what} is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a character, "\ud83d"; tokenizers crash on it
-        raise SteeringError(f"{what} has half a surrogate pair") from None
+        raise SteeringError(f"split is {reprlib.repr(raw['split'])}, allowed are {', '.join(SPLITS)}")
+    return Prompt(name, prompt, category, tools), raw.get("split")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.data.jsonl import parse_line
 
 SYNC_SECONDS = 5.0  # what a power cut may lose; a killed process loses nothing that was written
 
@@ -88,8 +89,8 @@ class ResponseFile:
             if not line.endswith(b"\n"):
                 break
             try:
-                self._count(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+                self._count(parse_line(line))
+            except (SteeringError, KeyError, TypeError):
                 raise SteeringError(
                     f"{self._path}, line {number} is not a response row: delete the line, or give another --output"
                 ) from None

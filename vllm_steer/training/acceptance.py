@@ -5,6 +5,7 @@ Shape legend: B rows, T tokens, k draft length.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.dataset import collate, read_rows
-from vllm_steer.drafters.models import load_models
+from vllm_steer.drafters.models import load_models, text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import default_target_layers
+from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.training.losses import agreement, overlap
-from vllm_steer.training.pair import Pair, load_tokenizer, place_sources, read_target, response_mask
+from vllm_steer.training.pair import Pair, place_sources, read_target, response_mask
 
 
 @torch.no_grad()
@@ -107,6 +109,7 @@ def measure_directory(
     if checkpoint.has_steering(steering):
         module = checkpoint.load_for(steering, big.config, small.config)
         layers = module.config.target_layer_ids
-    rows = read_rows(data, tokenizer, big.config.max_position_embeddings)
+    lengths = [getattr(text_config(m.config), "max_position_embeddings", None) for m in (big, small)]
+    rows = read_rows(data, tokenizer, min((n for n in lengths if n), default=sys.maxsize))
     batches = (collate(rows[i : i + 8]) for i in range(0, len(rows), 8))
     return measure(Pair(small, module, big).eval(), (b | read_target(big, b, layers) for b in batches), k)

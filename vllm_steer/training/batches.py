@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import difference, fingerprint
-from vllm_steer.data.dataset import Row, collate, read_rows, split_rows, without_prompts
+from vllm_steer.data.dataset import Row, collate, read_file, without_prompts
 from vllm_steer.data.response_file import meta_path
+from vllm_steer.data.split import split_of_run, split_rows
+from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.training.cache import StateCache
 from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
     """Training rows of all files and held-out rows of the first, whose prompts no other file trains on.
 
+    A run that is resumed holds out what it did when it began. Rows are numbered in the order they were read.
     Raises SteeringError for unreadable data, or data that another model than this target or drafter wrote.
     """
     identity = None
@@ -36,11 +41,38 @@ def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
                     f"the drafter {config.drafter}: {what[0]} from the target's; generate responses with one of these, "
                     "or give that target"
                 )
-    first, *others = (read_rows(path, tokenizer, config.max_length) for path in config.data)
-    rows, held_out = split_rows(first)
-    for more in others:
-        rows += without_prompts(more, held_out)
+    limits = model_limits(config.target, config.drafter)
+    (first, left_out), *others = (
+        read_file(path, tokenizer, config.max_length, config.template_options, **limits) for path in config.data
+    )
+    try:
+        if config.resume:
+            rows, held_out = split_of_run(first, Path(config.output) / "checkpoints")
+        else:
+            rows, held_out = split_rows(first)
+    except SteeringError as error:
+        raise SteeringError(f"{config.data[0]}: {error}" + (f" ({left_out})" if left_out else "")) from None
+    read = len(first)
+    for path, (more, _) in zip(config.data[1:], others, strict=True):
+        more = [dataclasses.replace(row, number=read + row.number) for row in more]
+        read += len(more)
+        kept = without_prompts(more, held_out)
+        if taken := len(more) - len(kept):
+            logger.warning("%s: %d of %d rows left out: their prompts are held out", path, taken, len(more))
+        rows += kept
     return rows, held_out
+
+
+def model_limits(*models: str) -> dict[str, Any]:
+    """`positions` and `embeddings` for `read_file`: of the model that has the fewest; None where none says."""
+    found: dict[str, list[tuple[int, str]]] = {"max_position_embeddings": [], "vocab_size": []}
+    for name in models:
+        config = text_config(read_model_config(name))
+        for key, values in found.items():
+            if isinstance(count := getattr(config, key, None), int) and count > 0:
+                values.append((count, name))
+    positions, embeddings = (min(values, default=None) for values in found.values())
+    return {"positions": positions, "embeddings": embeddings and embeddings[0]}
 
 
 def _writer(path: str) -> dict[str, str] | None:
@@ -107,9 +139,9 @@ class Batches:
         """The batch with the target's states and last hidden states, on the device."""
         return batch if "final" in batch else batch | read_target(self.target, batch, self.layers)
 
-    def held(self, indices: range, size: int) -> Iterator[dict[str, Tensor]]:
+    def held(self, indices: list[int], size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(indices), size):
-            yield self.complete(self._to_device(self.collate(list(indices[start : start + size]))))
+            yield self.complete(self._to_device(self.collate(indices[start : start + size])))
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}

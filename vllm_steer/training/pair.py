@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered.hf import attach, decoder_layers
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.training.losses import Distance, by_position, overlap
@@ -195,21 +194,3 @@ def response_mask(batch: dict[str, Tensor]) -> Tensor:
     """Bool [B, T]: real tokens after the prompt, the positions a drafter is fed when serving."""
     position = torch.arange(batch["attention_mask"].shape[1], device=batch["attention_mask"].device)
     return (position >= batch["prompt_lengths"][:, None]) & batch["attention_mask"].bool()
-
-
-def load_tokenizer(target: str, drafter: str) -> Any:
-    """The one tokenizer of both models. Raises SteeringError when one cannot be read, or they differ."""
-    from transformers import AutoTokenizer
-
-    try:
-        ours, theirs = (AutoTokenizer.from_pretrained(name) for name in (target, drafter))
-    except (OSError, ValueError) as error:
-        raise SteeringError(f"cannot load the tokenizers of {target} and {drafter}: {error}") from error
-    a, b = ours.get_vocab(), theirs.get_vocab()
-    if a != b:
-        token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
-        raise SteeringError(
-            f"the tokenizers of {target} and {drafter} differ: token {token!r} is {a.get(token)} in one and "
-            f"{b.get(token)} in the other; speculation needs one tokenizer, take a drafter of the target's family"
-        )
-    return theirs

@@ -25,15 +25,17 @@ from vllm_steer.common.errors import SteeringError, require_at_least, require_on
 from vllm_steer.common.identity import fingerprint
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import origin, public_name
+from vllm_steer.data import split
 from vllm_steer.data.dataset import sha256
 from vllm_steer.drafters.models import load_model, load_models
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.training.acceptance import measure
 from vllm_steer.training.batches import Batches, read_data
 from vllm_steer.training.losses import LOSSES
-from vllm_steer.training.pair import OFFSET_RULES, Pair, guide_sources, load_tokenizer
+from vllm_steer.training.pair import OFFSET_RULES, Pair, guide_sources
 from vllm_steer.training.plots import plot_training
 
 MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}
@@ -50,7 +52,7 @@ class TrainConfig:
     data: tuple[str, ...] = option(
         MISSING,
         "JSONL files of prompts and responses: from `vllm-steer generate`, or your own (vllm_steer/data/dataset.py); "
-        "the last twentieth of the first is held out for measuring",
+        "a twentieth of the prompts of the first is held out for measuring, with all their rows",
         nargs="+",
     )
     output: str = option(MISSING, "directory to write: a drafter with steering/; mode steer: steering/ alone")
@@ -79,6 +81,9 @@ class TrainConfig:
     )
     steered_layers: tuple[int, ...] | None = option(None, "drafter layers to steer (default: all)", nargs="+", type=int)
     max_length: int = option(1024, "tokens per row; longer rows are cut")
+    chat_template_kwargs: str = option(
+        "{}", 'variables of the chat template in JSON, like {"enable_thinking": false}: those you serve with'
+    )
     precision: str = option(
         "float32", "arithmetic of both forwards; weights train in float32", choices=list(PRECISIONS)
     )
@@ -121,6 +126,12 @@ class TrainConfig:
                 raise SteeringError(f"--report-to {name} needs it: pip install {name}")
         if self.workers > 1 and not self.ray:
             raise SteeringError(f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node")
+        self.template_options  # noqa: B018 - refuses what is not usable
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, parsed."""
+        return options.json_object("chat_template_kwargs", self.chat_template_kwargs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,26 +205,27 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     arguments = _arguments(config)
     target.to(arguments.device)
     drafter.to(arguments.device)
-    source = Batches(config, target, drafter, [*rows, *held_out], settings, arguments)
+    everything, training, held = split.in_file_order(rows, held_out)
+    source = Batches(config, target, drafter, everything, settings, arguments)
     steering = None if config.mode == "distill" else Steering(settings)
     pair = Pair(drafter, steering, target, source.first_layer).to(arguments.device)
     pair.loss = LOSSES[config.loss]
-    held = range(len(rows), len(rows) + len(held_out))
     judge = lambda: _judge(pair, source, held, config)  # noqa: E731
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
+    data = split.describe(rows, held_out, Path(config.data[0]).name)
+    if config.control is not None:
+        split.check_control(config.control, data)
     control = _judge_control(config, target, source, held)
-    trainer = _trainer(config, pair, source, len(rows), arguments, judge)
+    trainer = _trainer(config, pair, source, training, arguments, judge)
+    if not config.resume and trainer.is_world_process_zero():
+        split.store(held_out, Path(arguments.output_dir))
     if config.steps:
         last = last_checkpoint(Path(config.output)) if config.resume else None
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not trainer.is_world_process_zero():
         return None
     _round_weights(pair, stored)
-    acceptance = {
-        "data": f"last {len(held_out)} rows of {Path(config.data[0]).name}",
-        "untrained": before,
-        "trained": judge(),
-    } | control
+    acceptance = {"data": data, "untrained": before, "trained": judge()} | control
     settings = dataclasses.replace(settings, provenance=_provenance(config), acceptance=acceptance)
     _save(config, pair, tokenizer, settings, stored)
     (Path(config.output) / "acceptance.json").write_text(json.dumps(acceptance, indent=2) + "\n", encoding="utf-8")
@@ -223,14 +235,14 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     return acceptance
 
 
-def _judge(pair: Pair, source: Batches, held_out: range, config: TrainConfig) -> dict[str, Any]:
+def _judge(pair: Pair, source: Batches, held_out: list[int], config: TrainConfig) -> dict[str, Any]:
     training = pair.training
     found = measure(pair.eval(), source.held(held_out, config.batch_size), config.k)
     pair.train(training)
     return found
 
 
-def _judge_control(config: TrainConfig, target: nn.Module, source: Batches, held_out: range) -> dict[str, Any]:
+def _judge_control(config: TrainConfig, target: nn.Module, source: Batches, held_out: list[int]) -> dict[str, Any]:
     """{"control": its acceptance on the held-out rows}, or {} when none was given."""
     if config.control is None:
         return {}
@@ -273,7 +285,7 @@ def _arguments(config: TrainConfig) -> Any:
     return arguments
 
 
-def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: int, arguments: Any, judge: Any) -> Any:
+def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], arguments: Any, judge: Any) -> Any:
     """A Trainer whose loss is the distance to the target; progress, logging, schedule and resume are its own."""
     from transformers import Trainer
 
@@ -310,7 +322,7 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: int, argume
     return PairTrainer(
         model=pair,
         args=arguments,
-        train_dataset=range(rows),
+        train_dataset=rows,
         eval_dataset=range(1),  # `evaluate` has its own rows
         data_collator=source.collate,
         optimizers=(optimizer, None),

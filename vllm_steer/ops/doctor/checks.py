@@ -15,11 +15,11 @@ from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.drafters.tokenizer import compare_tokenizers
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of
 from vllm_steer.serving import introspection, patching
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
-from vllm_steer.training.pair import load_tokenizer
 
 PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
 TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
@@ -126,8 +126,14 @@ def target(case: Case) -> Iterable[Finding]:
 
 def vocabulary(case: Case) -> Iterable[Finding]:
     """One tokenizer, and embedding tables of one size: vLLM accepts no others."""
-    used = len(load_tokenizer(case.target, case.drafter))
-    yield Finding("tokenizer", OK, f"{used} tokens, the same in both")
+    tokenizer, differences = compare_tokenizers(case.target, case.drafter)
+    used = len(tokenizer)
+    seen = f"{used} tokens, the same in both"
+    if differences:
+        remedy = "the target's is used, in training as in serving"
+        yield Finding("tokenizer", WARNING, "; ".join([seen, *differences]), remedy)
+    else:
+        yield Finding("tokenizer", OK, seen)
     big, small = (text_config(config).vocab_size for config in (case.target_config, case.drafter_config))
     if big != small:
         seen = f"tables of {big} (target) and {small} (drafter) for these {used} tokens; vLLM wants one size"
