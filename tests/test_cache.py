@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,27 @@ def test_a_killed_fill_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(cache.batch(every).values(), whole.batch(every).values(), strict=True))
 
 
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def flip(path: Path, place: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+def swap(path: Path, cache: StateCache) -> StateCache:
+    """Somebody writes the file anew under a run that has opened it."""
+    path.write_bytes(bytes(path.stat().st_size))
+    return cache
+
+
+def rewrite(directory: Path, **changes: object) -> None:
+    index = json.loads((directory / "cache.json").read_text())
+    (directory / "cache.json").write_text(json.dumps(index | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -73,12 +96,80 @@ def test_a_killed_fill_goes_on_where_it_stopped(tmp_path: Path) -> None:
         (lambda d: make(d, ROWS[1:]), "was made with rows_sha256"),
         (lambda d: ((d / "final.bin").write_bytes(b""), make(d)), "final.bin is shorter than"),
         (lambda d: ((d / "cache.json").write_text("{"), make(d)), "cache.json is damaged"),
+        (lambda d: ((d / "cache.json").write_text("[1]"), make(d)), "cache.json is damaged"),
+        (lambda d: (append(d / "states.bin"), make(d)), "states.bin is longer than"),
+        (lambda d: (flip(d / "states.bin", -3), make(d)), "states.bin is damaged in row 4 of 5"),
+        (lambda d: (flip(d / "final.bin", 0), make(d)), "final.bin is damaged in row 0 of 5"),
+        (lambda d: (flip(d / "checksums.bin", 0), make(d)), "final.bin is damaged in row 0 of 5"),
+        (lambda d: ((d / "checksums.bin").write_bytes(b""), make(d)), "checksums.bin is shorter than"),
+        (lambda d: swap(d / "final.bin", make(d)).batch([2]), "final.bin is damaged in row 2 of 5"),
+        (lambda d: (make(d), (d / "final.bin").write_bytes(b""))[0].batch([2]), "final.bin has become shorter"),
+        (lambda d: (rewrite(d, rows=6), make(d)), "says 6 rows of 5"),
+        (lambda d: (rewrite(d, rows=-1), make(d)), "cache.json is damaged"),
     ],
 )
 def test_another_or_a_damaged_cache_is_refused(tmp_path: Path, damage: object, complaint: str) -> None:
     make(tmp_path).fill(read, 2)
     with pytest.raises(SteeringError, match=complaint):
         damage(tmp_path)
+
+
+FILL = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_cache import make, read
+def slow(batch):
+    time.sleep(0.3)
+    print("read", flush=True)
+    return read(batch)
+cache = make(Path(sys.argv[1]))
+cache.fill(slow, 1)
+assert cache.done == 5 and len(cache.batch(range(5))) == 5
+"""
+
+
+def filling(directory: Path) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", FILL, str(directory), str(Path(__file__).parent)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_fills(tmp_path: Path) -> None:
+    both = [filling(tmp_path / "c") for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert "".join(said).count("read") == 5, "each row is computed once, whoever does it"
+    whole = make(tmp_path / "whole")
+    whole.fill(read, 5)
+    for name in ("states.bin", "final.bin", "checksums.bin"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    process = filling(tmp_path)
+    assert process.stdout is not None and process.stdout.readline() == "read\n"
+    process.kill()
+    process.wait()
+    cache = make(tmp_path)
+    cache.fill(read, 2)
+    assert cache.done == 5
+
+
+def test_who_waited_for_another_cache_is_refused(tmp_path: Path) -> None:
+    """Both began with an empty directory; the one that comes second must not go on with what the first one wrote."""
+    second = make(tmp_path, target="y")
+    make(tmp_path).fill(read, 2)
+    with pytest.raises(SteeringError, match="was made with target x, this run has y"):
+        second.fill(lambda _: pytest.fail("it was filled"), 2)
+
+
+def test_a_cache_from_before_checksums_still_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path).fill(read, 2)
+    (tmp_path / "checksums.bin").unlink()
+    assert make(tmp_path).done == 5 and "has no checksums yet" in caplog.text
+    flip(tmp_path / "final.bin", 0)
+    with pytest.raises(SteeringError, match="final.bin is damaged in row 0"):
+        make(tmp_path)
 
 
 @pytest.mark.parametrize(("family", "fits"), [("llama", True), ("gemma2", True), ("granite", False)])

@@ -19,17 +19,14 @@ from typing import Any
 import sources
 from sources import PAIR, AssemblyError, Member, sha256_of
 
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.files import only_writer, write_json
+
 BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
 MANIFEST, CHECKED = "manifest.json", "pair.json"
 # Small enough for a minute on two cores, telling enough that a permuted or half-loaded model fails it.
 QUESTION = "Write a Python function add(a, b) that returns their sum. Reply with code only."
 EXPECTED = "def add(a, b):\n    return a + b"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
 
 
 def remaining_bytes(out: Path, todo: list[Member], source: str, dtype: str) -> int:
@@ -193,7 +190,11 @@ def choose_source(asked: str, out: Path) -> str:
 
 
 def assemble(out: Path, asked: str, dtype: str) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out / ".lock", str(out)):
+        _assemble(out, asked, dtype)
+
+
+def _assemble(out: Path, asked: str, dtype: str) -> None:
     source = choose_source(asked, out)
     todo = [member for member in PAIR if not is_finished(out / member.role, source, dtype)]
     check_disk(out, remaining_bytes(out, todo, source, dtype))
@@ -237,7 +238,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         assemble(options.out.expanduser().resolve(), options.source, options.dtype)
-    except AssemblyError as error:
+    except (AssemblyError, SteeringError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -24,11 +24,12 @@ from typing import Any
 
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.files import write_json
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import fingerprint, origin, public_name
 from vllm_steer.data.prompts import Prompt, encode_prompt, files, is_builtin, read_prompts
-from vllm_steer.data.response_file import ResponseFile, meta_path, write_json
+from vllm_steer.data.response_file import ResponseFile, meta_path
 from vllm_steer.data.vllm_engine import Engine, EngineConfig, Request, run_on_ray
 from vllm_steer.drafters.tokenizer import read_tokenizer
 

@@ -103,13 +103,3 @@ class ResponseFile:
 def meta_path(output: str | Path) -> Path:
     """The sidecar of an output: responses.jsonl has responses.meta.json."""
     return Path(output).with_suffix(".meta.json")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file at once: whoever reads it sees the old or the new."""
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)

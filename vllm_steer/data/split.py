@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.data.response_file import write_json
+from vllm_steer.common.files import write_json
 
 log = logging.getLogger(__name__)
 

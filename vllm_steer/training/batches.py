@@ -127,7 +127,9 @@ class Batches:
             found = read_target(target, batch, self.layers)
             return found | {"trunk": read_trunk(drafter, batch, self.first_layer)} if self.first_layer else found
 
-        with arguments.main_process_first(desc="caching states"):
+        # The first process of the whole job fills it. The others then find it whole or, on machines that have a disk of
+        # their own, fill theirs one after the other.
+        with arguments.main_process_first(local=False, desc="caching states"):
             self.cache = StateCache(config.cache, rows, widths, made_from)
             self.cache.fill(read, config.batch_size)
 

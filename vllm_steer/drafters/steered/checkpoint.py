@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.files import refuse_used
 from vllm_steer.drafters.models import drafter_shape, read_model_config
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
@@ -237,12 +238,6 @@ def own_file(path: Path, directory: Path) -> Path:
     if real.exists() and not real.is_file():
         raise SteeringError(f"{path} is not a plain file: copy it again")
     return path
-
-
-def refuse_used(output: Path) -> None:
-    """Raises SteeringError unless `output` is absent or an empty directory."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise SteeringError(f"{output} exists and is not an empty directory: give a new one")
 
 
 def _no_folder(directory: Path) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.files import refuse_used
 from vllm_steer.drafters.models import drafter_shape, read_model_config, target_shape
-from vllm_steer.drafters.steered.checkpoint import FLOATS, copy_files, filling, mark, refuse_used, save
+from vllm_steer.drafters.steered.checkpoint import FLOATS, copy_files, filling, mark, save
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 
