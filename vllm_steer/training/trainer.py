@@ -48,7 +48,7 @@ class TrainConfig:
     """One training run; the command line is made from these fields."""
 
     target: str = option(MISSING, "target model: hub id or directory")
-    drafter: str = option(MISSING, "pretrained drafter with the same tokenizer: hub id or directory")
+    drafter: str = option(MISSING, "pretrained drafter that encodes texts as the target does: hub id or directory")
     data: tuple[str, ...] = option(
         MISSING,
         "JSONL files of prompts and responses: from `vllm-steer generate`, or your own (vllm_steer/data/dataset.py); "
@@ -80,9 +80,9 @@ class TrainConfig:
         type=int,
     )
     steered_layers: tuple[int, ...] | None = option(None, "drafter layers to steer (default: all)", nargs="+", type=int)
-    max_length: int = option(1024, "tokens per row; longer rows are cut")
+    max_length: int = option(1024, "tokens per row; longer rows are cut, those without room for a response left out")
     chat_template_kwargs: str = option(
-        "{}", 'variables of the chat template in JSON, like {"enable_thinking": false}: those you serve with'
+        "{}", 'variables of the target\'s chat template in JSON, like {"enable_thinking": false}: those you serve with'
     )
     precision: str = option(
         "float32", "arithmetic of both forwards; weights train in float32", choices=list(PRECISIONS)
