@@ -1,6 +1,6 @@
 """Ablations: train variants of one recipe and predict the acceptance of each on test text.
 
-A variant is a mode and what it changes in the trainer's settings (`vllm_steer.training.trainer.TrainConfig`), values
+A variant is a mode and what it changes in the trainer's settings (`vllm_steer.training.config.TrainConfig`), values
 in JSON:
 
     joint                                   the base: --loss, --lr and the other options below
@@ -32,7 +32,8 @@ import torch
 from record import write_report
 
 from vllm_steer.training.acceptance import measure_directory
-from vllm_steer.training.trainer import TrainConfig, train
+from vllm_steer.training.config import TrainConfig
+from vllm_steer.training.trainer import train
 
 
 def parse(variant: str, base: TrainConfig) -> TrainConfig:

@@ -30,11 +30,12 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.drafters.tokenizer import load_tokenizer
-from vllm_steer.training import losses, trainer
+from vllm_steer.training import config as run_config
+from vllm_steer.training import losses, trainer, writing
 from vllm_steer.training.acceptance import fixed_sources, measure_directory, walk
 from vllm_steer.training.batches import read_data
+from vllm_steer.training.config import MODES, TrainConfig
 from vllm_steer.training.pair import Head, Pair, guide_sources, lazy_deltas, response_mask
-from vllm_steer.training.trainer import TrainConfig
 
 VOCAB = 40
 ROOT = Path(__file__).parent.parent
@@ -192,7 +193,7 @@ def test_a_delta_depends_on_the_state_offset_positions_back_and_on_no_other(fold
 
 def test_the_drafter_sees_a_state_from_its_position_plus_offset_on(folder: Path) -> None:
     target, drafter = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("target", "drafter"))
-    pair = Pair(drafter, toy_steering(folder), target).eval()
+    pair = Pair(drafter, toy_steering(folder), target, losses.total_variation).eval()
     batch = collate([Row(tuple(range(1, 13)), 4), Row(tuple(range(3, 12)), 2)])
     mask = response_mask(batch)
     assert mask[1].tolist() == [False] * 2 + [True] * 7 + [False] * 3
@@ -233,15 +234,15 @@ def test_distances_of_every_rule(rule: str) -> None:
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", list(trainer.MODES))
+@pytest.mark.parametrize("mode", list(MODES))
 def test_a_mode_changes_what_it_names_and_nothing_else(folder: Path, tmp_path: Path, mode: str, monkeypatch) -> None:
-    seen, save = {}, trainer._save
+    seen, save = {}, writing.write
 
     def spy(config, pair, *rest):
         save(config, pair, *rest)
         seen["drafter"] = pair.drafter.state_dict()
 
-    monkeypatch.setattr(trainer, "_save", spy)
+    monkeypatch.setattr(writing, "write", spy)
     trainer.train(options(folder, tmp_path / "out", mode=mode))
     plain = weights(folder / "drafter")
     same = [torch.equal(plain[name], tensor) for name, tensor in seen["drafter"].items()]
@@ -383,6 +384,49 @@ def same_weights(one: Path, other: Path, **tolerance: float) -> None:
     torch.testing.assert_close(checkpoint.load(one)(states), checkpoint.load(other)(states), **tolerance)
 
 
+MIXED = (3, 14, 5, 9, 2, 11, 7, 13)  # tokens of the responses
+
+
+def mixed_lengths(path: Path) -> Path:
+    """One prompt to hold out, and rows whose responses differ in length."""
+    rows = torch.randint(1, VOCAB, (1 + len(MIXED), 24), generator=torch.Generator().manual_seed(3)).tolist()
+    lengths = (14, *MIXED)
+    lines = [{"prompt_ids": r[:6], "response_ids": r[6 : 6 + n]} for r, n in zip(rows, lengths, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def first_gradients(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> list[Tensor]:
+    """Of the first optimiser step, as the optimiser sees them but for clipping."""
+    seen: list[Tensor] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.split, "split_of_run", None)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(1.0))
+
+        def step(self: torch.optim.AdamW, closure: object = None) -> None:
+            seen.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
+
+        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(trainer, "guide_sources", lambda rule, prompts, n, *_: fixed_sources(prompts, n, 2))
+        trainer.train(config)
+    return seen
+
+
+def test_every_position_of_a_step_weighs_the_same(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """8 rows of mixed lengths as one batch, as 2 x 4 and as 8 x 1: one gradient."""
+    data = mixed_lengths(tmp_path / "mixed.jsonl")
+    run = dict(data=(str(data),), steps=1, keep="last")
+    shapes = {"whole": (8, 1), "halves": (4, 2), "single": (1, 8)}
+    found = {
+        name: first_gradients(monkeypatch, options(folder, tmp_path / name, **run, batch_size=b, accumulate=a))
+        for name, (b, a) in shapes.items()
+    }
+    assert len(found["whole"]) > 10
+    for name in ("halves", "single"):
+        for got, wanted in zip(found[name], found["whole"], strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
 def test_accumulated_and_checkpointed_steps_are_ordinary_steps(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """One offset for all rows, so that two halves of a batch make the same gradient as the whole."""
     monkeypatch.setattr(trainer, "guide_sources", lambda rule, prompts, length, *_: fixed_sources(prompts, length, 2))
@@ -403,9 +447,9 @@ def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, k
         value = next(efficiency)
         return {"overlap": [value], "greedy": [value], "block_efficiency": {"sampled": value, "greedy": value}}
 
-    seen, saved = {}, trainer._save
+    seen, saved = {}, writing.write
     monkeypatch.setattr(trainer, "_judge", judged)
-    monkeypatch.setattr(trainer, "_save", lambda c, pair, *r: (seen.update(pair.state_dict()), saved(c, pair, *r)))
+    monkeypatch.setattr(writing, "write", lambda c, pair, *r: (seen.update(pair.state_dict()), saved(c, pair, *r)))
     snapshots = {}
     step = torch.optim.AdamW.step
 
@@ -552,7 +596,7 @@ def test_a_resumed_run_keeps_its_split(folder: Path, tmp_path: Path, old: bool, 
     config = options(folder, tmp_path / "out", steps=4, save_every=2)
     monkeypatch.setattr(split, "describe", watched)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "_round_weights", kill)
+        patch.setattr(writing, "round_weights", kill)
         trainer.train(config)
     began = kept["held"]
     rows = read_rows(config.data[0], AutoTokenizer.from_pretrained(folder / "target"), 99)
@@ -617,7 +661,7 @@ def test_a_wrong_option_is_named(folder: Path, tmp_path: Path, changes: dict, co
 
 
 def test_a_tracker_that_is_not_installed(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(trainer, "find_spec", lambda name: None)
+    monkeypatch.setattr(run_config, "find_spec", lambda name: None)
     with pytest.raises(SteeringError, match="pip install wandb"):
         options(folder, tmp_path / "out", report_to=("wandb",))
 
@@ -652,7 +696,7 @@ def test_different_tokenizers_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_an_output_that_exists_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
-    with pytest.raises(SteeringError, match="exists and is not empty"):
+    with pytest.raises(SteeringError, match="exists and is not an empty directory"):
         trainer.train(options(folder, tmp_path))
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm_steer.drafters.steered.config import SteeringConfig as SteeringConfig
     from vllm_steer.drafters.steered.hf import attach as attach
     from vllm_steer.drafters.steered.module import Steering as Steering
-    from vllm_steer.training.trainer import TrainConfig as TrainConfig
+    from vllm_steer.training.config import TrainConfig as TrainConfig
     from vllm_steer.training.trainer import train as train
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from vllm_steer import __version__
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.models import read_model_config, require_loadable
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its verb is chosen; help; example
@@ -158,13 +158,16 @@ def _check(args: argparse.Namespace) -> None:
 
     directory = checkpoint.resolve(args.directory)
     config = checkpoint.load(directory).config
-    drafter = args.drafter or (directory if (directory / "config.json").is_file() else None)
+    whole = (directory / "config.json").is_file()
+    if whole:
+        require_loadable(directory)
+    drafter = args.drafter or (directory if whole else None)
     check_pair(
         config,
         read_model_config(args.target) if args.target else None,
         read_model_config(drafter) if drafter else None,
     )
-    print(describe(config, adapter=not (directory / "config.json").is_file()))
+    print(describe(config, adapter=not whole))
     print(f"target     {'fits ' + args.target if args.target else 'not checked: give --target'}")
     print(f"drafter    {f'fits {drafter}' if drafter else 'not checked: give --drafter'}")
 

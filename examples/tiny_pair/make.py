@@ -172,7 +172,8 @@ def make_responses(work: Path, target: Path, count: int, seed: int) -> None:
 
 def train_steering(work: Path, out: Path, name: str, mode: str, steps: int, args: argparse.Namespace) -> None:
     """One `vllm-steer train` run into `out/name`."""
-    from vllm_steer.training.trainer import TrainConfig, train
+    from vllm_steer.training.config import TrainConfig
+    from vllm_steer.training.trainer import train
 
     shutil.rmtree(out / name, ignore_errors=True)
     train(

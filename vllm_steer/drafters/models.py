@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,3 +97,63 @@ def load_models(
     big, small = load_model(target, precision), load_model(drafter, "auto")
     stored = small.dtype  # before the next line changes it
     return big.requires_grad_(False).eval(), small.float(), stored
+
+
+def require_loadable(directory: Path) -> None:
+    """Raises SteeringError unless a model directory holds all weights of its config, readable and of the right shapes.
+
+    Quantised weights have shapes and readers of their own: of them only the files are checked.
+    """
+    files = _weight_files(directory)
+    for path in files:
+        _require_readable(path)
+    config = read_model_config(directory)
+    if getattr(text_config(config), "quantization_config", None) or getattr(config, "quantization_config", None):
+        return
+    from transformers import AutoModelForCausalLM
+
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    except Exception as error:  # transformers raises what the first wrong value breaks
+        raise SteeringError(f"the weights of {directory} do not load ({' '.join(str(error).split())[:300]})") from None
+    if missing := sorted(found["missing_keys"]):
+        raise SteeringError(
+            f"{directory} lacks {len(missing)} of its model's tensors, {missing[0]} for one: copy or save it again"
+        )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for index, pattern in (
+        ("model.safetensors.index.json", "*.safetensors"),
+        ("pytorch_model.bin.index.json", "*.bin"),
+    ):
+        path = directory / index
+        if path.is_file():
+            try:
+                names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+                found = [directory / name for name in names]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise SteeringError(f"{path} is damaged ({error}): copy the checkpoint again") from None
+            for file in found:
+                if not file.is_file():
+                    raise SteeringError(f"{path} names {file.name}, which is not there: copy the checkpoint again")
+            return found
+        if files := sorted(directory.glob(pattern)):
+            return files
+    raise SteeringError(
+        f"{directory} has a config.json and no weights (*.safetensors or *.bin): it cannot be served; copy or save the "
+        "whole model again"
+    )
+
+
+def _require_readable(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np"):  # checks that the header fits the file
+                pass
+        elif not path.stat().st_size:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SteeringError(f"{path} is damaged ({error}): copy the checkpoint again") from None

@@ -71,6 +71,17 @@ def compare_tokenizers(target: str, drafter: str) -> tuple[Any, list[str]]:
     return ours, _other_settings(ours, theirs)
 
 
+def require_embeddings(tokenizer: Any, model: str, vocab_size: int) -> None:
+    """Raises SteeringError when the tokenizer has ids for which a model has no embedding."""
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= vocab_size:
+        raise SteeringError(
+            f"token {token!r} of the tokenizer is id {highest}, and {model} has embeddings for ids up to "
+            f"{vocab_size - 1} (vocab_size {vocab_size}): resize its embeddings (transformers: "
+            "resize_token_embeddings), or take a tokenizer that fits"
+        )
+
+
 def _other_encoding(ours: Any, theirs: Any) -> str | None:
     """The first text or token that two tokenizers encode differently, in words."""
     a, b = ours.get_vocab(), theirs.get_vocab()

@@ -19,7 +19,7 @@ from vllm_steer.drafters.models import load_models, text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import default_target_layers
 from vllm_steer.drafters.tokenizer import load_tokenizer
-from vllm_steer.training.losses import agreement, overlap
+from vllm_steer.training.losses import agreement, overlap, rejection
 from vllm_steer.training.pair import Pair, place_sources, read_target, response_mask
 
 
@@ -112,4 +112,4 @@ def measure_directory(
     lengths = [getattr(text_config(m.config), "max_position_embeddings", None) for m in (big, small)]
     rows = read_rows(data, tokenizer, min((n for n in lengths if n), default=sys.maxsize))
     batches = (collate(rows[i : i + 8]) for i in range(0, len(rows), 8))
-    return measure(Pair(small, module, big).eval(), (b | read_target(big, b, layers) for b in batches), k)
+    return measure(Pair(small, module, big, rejection).eval(), (b | read_target(big, b, layers) for b in batches), k)

@@ -7,12 +7,15 @@ cut to the smaller size and normalised over that.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger(__name__)
 
 CHUNK = 2**25  # logits held at a time by `by_position`: 128 MiB in float32
 
@@ -65,8 +68,16 @@ LOSSES: dict[str, Distance] = {
     "reverse-kl": reverse_kl,
     "jsd": jensen_shannon,
     "tvd": total_variation,
-    "overlap": rejection,
+    "rejection": rejection,
 }
+RENAMED = {"overlap": "rejection"}  # 0.1.0 called the loss by the score that it raises
+
+
+def current_name(name: str) -> str:
+    """A loss's name of today; anything else as it is."""
+    if name in RENAMED:
+        log.warning("--loss %s is called %s now; the old name goes in the next release", name, RENAMED[name])
+    return RENAMED.get(name, name)
 
 
 def by_position(

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_steer.drafters.steered.hf import attach, decoder_layers
 from vllm_steer.drafters.steered.module import Steering
-from vllm_steer.training.losses import Distance, by_position, overlap
+from vllm_steer.training.losses import Distance, by_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,17 +63,23 @@ class Pair(nn.Module):
 
     Args:
         target: gives the logits to compare with from its last hidden states; frozen, not a part of this module.
+        loss: what training minimises, see LOSSES.
         first_layer: m > 0: the drafter's first m layers are cut off, it reads the input of layer m (`trunk`).
     """
 
     def __init__(
-        self, drafter: PreTrainedModel, steering: Steering | None, target: PreTrainedModel, first_layer: int = 0
+        self,
+        drafter: PreTrainedModel,
+        steering: Steering | None,
+        target: PreTrainedModel,
+        loss: Distance,
+        first_layer: int = 0,
     ):
         super().__init__()
         self.drafter = drafter
         self.steering = steering
         self.first_layer = first_layer
-        self.loss: Distance = overlap
+        self.loss = loss
         self._target_head = [Head(target)]  # in a list: not a submodule
         self._cut = decoder_layers(drafter)[:first_layer]
         if first_layer:
@@ -101,8 +107,8 @@ class Pair(nn.Module):
         return by_position(functions, *heads, final, self.hidden(batch, source), self.drafter.config.vocab_size)
 
     def forward(self, source: Tensor, **batch: Tensor) -> Tensor:
-        """The mean of `self.loss` over response positions, a scalar."""
-        return self.compare([self.loss], batch, source).mean()
+        """The sum of `self.loss` over response positions, a scalar: the mean is of a whole optimiser step."""
+        return self.compare([self.loss], batch, source).sum()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form of two
         """What trains and nothing else: a resumable checkpoint need not carry frozen weights or tied copies."""

@@ -7,13 +7,13 @@ The loss is taken at response positions only; which target state steers which po
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import random
 import shutil
-from dataclasses import MISSING, dataclass
-from importlib.util import find_spec
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,122 +21,27 @@ import torch
 from torch import Tensor, nn
 
 from vllm_steer.common import options
-from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import fingerprint
-from vllm_steer.common.options import option
 from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data import split
 from vllm_steer.data.dataset import sha256
-from vllm_steer.drafters.models import load_model, load_models
-from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.models import load_model, load_models, read_model_config, text_config
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
-from vllm_steer.drafters.tokenizer import load_tokenizer
+from vllm_steer.drafters.tokenizer import load_tokenizer, require_embeddings
+from vllm_steer.training import record, writing
 from vllm_steer.training.acceptance import measure
 from vllm_steer.training.batches import Batches, read_data
+from vllm_steer.training.config import PRECISIONS, TrainConfig, add_arguments
 from vllm_steer.training.losses import LOSSES
-from vllm_steer.training.pair import OFFSET_RULES, Pair, guide_sources
+from vllm_steer.training.pair import Pair, guide_sources, response_mask
 from vllm_steer.training.plots import plot_training
 
-MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["add_arguments", "run", "train"]  # the first two are the verb's
+
 BEST = "eval_sampled"  # predicted block efficiency at temperature 1, what --keep best goes by
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run; the command line is made from these fields."""
-
-    target: str = option(MISSING, "target model: hub id or directory")
-    drafter: str = option(MISSING, "pretrained drafter that encodes texts as the target does: hub id or directory")
-    data: tuple[str, ...] = option(
-        MISSING,
-        "JSONL files of prompts and responses: from `vllm-steer generate`, or your own (vllm_steer/data/dataset.py); "
-        "a twentieth of the prompts of the first is held out for measuring, with all their rows",
-        nargs="+",
-    )
-    output: str = option(MISSING, "directory to write: a drafter with steering/; mode steer: steering/ alone")
-    mode: str = option(
-        "joint", "what trains: " + "; ".join(f"{k} = {v}" for k, v in MODES.items()), choices=list(MODES)
-    )
-    loss: str = option("jsd", "distance between target and drafter at each position", choices=list(LOSSES))
-    offsets: str = option(
-        "batch",
-        "how far back the state lies that steers a position: "
-        + "; ".join(f"{k} = {v}" for k, v in OFFSET_RULES.items()),
-        choices=list(OFFSET_RULES),
-    )
-    steps: int = option(1000, "optimiser steps; 0 writes the starting point")
-    batch_size: int = option(8, "rows per forward and device")
-    accumulate: int = option(1, "forwards per optimiser step")
-    lr: float = option(1e-3, "peak learning rate of the steering")
-    drafter_lr: float = option(1e-5, "peak learning rate of the drafter")
-    k: int = option(5, "draft length to train for: offsets 1..k")
-    rank: int | None = option(None, "factor the projection through this many dimensions (default: full rank)", type=int)
-    target_layers: tuple[int, ...] | None = option(
-        None,
-        "three target layer ids, id i = input of layer i (default: 2, middle, third from the end)",
-        nargs=3,
-        type=int,
-    )
-    steered_layers: tuple[int, ...] | None = option(None, "drafter layers to steer (default: all)", nargs="+", type=int)
-    max_length: int = option(1024, "tokens per row; longer rows are cut, those without room for a response left out")
-    chat_template_kwargs: str = option(
-        "{}", 'variables of the target\'s chat template in JSON, like {"enable_thinking": false}: those you serve with'
-    )
-    precision: str = option(
-        "float32", "arithmetic of both forwards; weights train in float32", choices=list(PRECISIONS)
-    )
-    cache: str | None = option(
-        None,
-        "directory for the target's states and, when only upper layers of a frozen drafter are steered, what enters "
-        "them: computed once, then shared by all epochs and by runs on the same rows (8 H + 2 H' bytes a token)",
-        type=str,
-    )
-    control: str | None = option(
-        None,
-        "a drafter to stand beside this one in acceptance.json and the plot: the one that --mode distill made of the "
-        "same data",
-        type=str,
-    )
-    gradient_checkpointing: bool = option(
-        False, "compute the drafter's activations again in the backward pass: less memory"
-    )
-    keep: str = option(
-        "best", "which weights are written: of the best evaluation, or the last", choices=["best", "last"]
-    )
-    seed: int = option(0, "order of the rows, offsets, new weights")
-    save_every: int = option(500, "steps between evaluations, and between the checkpoints --resume starts from")
-    report_to: tuple[str, ...] = option((), "live curves besides the plots: tensorboard, wandb", nargs="*", type=str)
-    resume: bool = option(False, "go on from the last checkpoint in the output directory")
-    ray: bool = option(False, "train on a Ray cluster (Ray Train), one process per worker")
-    workers: int = option(1, "with --ray: how many processes, one GPU each where there are GPUs")
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("max_length", 2)):
-            require_at_least(options.flag(name), getattr(self, name), least)
-        for name in ("batch_size", "accumulate", "k", "save_every", "workers"):
-            require_at_least(options.flag(name), getattr(self, name), 1)
-        allowed = {"mode": MODES, "loss": LOSSES, "offsets": OFFSET_RULES, "precision": PRECISIONS}
-        for name, values in (allowed | {"keep": ("best", "last")}).items():
-            require_one_of(options.flag(name), getattr(self, name), values)
-        for name in self.report_to:
-            require_one_of("--report-to", name, ("tensorboard", "wandb"))
-            if find_spec(name) is None:
-                raise SteeringError(f"--report-to {name} needs it: pip install {name}")
-        if self.workers > 1 and not self.ray:
-            raise SteeringError(f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node")
-        self.template_options  # noqa: B018 - refuses what is not usable
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """`chat_template_kwargs`, parsed."""
-        return options.json_object("chat_template_kwargs", self.chat_template_kwargs)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `vllm-steer train`."""
-    options.add_arguments(parser, TrainConfig)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -149,30 +54,54 @@ def run(args: argparse.Namespace) -> None:
 
 def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     """`train` in `config.workers` processes of a Ray cluster; paths must mean the same on every machine of it."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     paths = {name: str(Path(value).resolve()) for name in ("target", "drafter", "output", "cache", "control")
              if (value := getattr(config, name)) and (Path(value).exists() or name in ("output", "cache"))}  # fmt: skip
     data = tuple(str(Path(path).resolve()) for path in config.data)
     local = dataclasses.replace(config, data=data, **paths)
-    before_training(local)
-    TorchTrainer(
-        lambda: train(local),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=torch.cuda.is_available()),
-        run_config=RunConfig(storage_path=str(Path(local.output) / "checkpoints" / "ray")),
-    ).fit()
-    shutil.rmtree(Path(local.output) / "checkpoints", ignore_errors=True)
+    with _own_output(local):
+        before_training(local)
+        _fit_on_ray(local)
     return json.loads((Path(local.output) / "acceptance.json").read_text(encoding="utf-8"))
 
 
+def _fit_on_ray(local: TrainConfig) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    def worker() -> None:
+        train(local)
+
+    TorchTrainer(
+        worker,
+        scaling_config=ScalingConfig(num_workers=local.workers, use_gpu=torch.cuda.is_available()),
+        run_config=RunConfig(storage_path=str(Path(local.output) / "checkpoints" / "ray")),
+    ).fit()
+    shutil.rmtree(Path(local.output) / "checkpoints", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_output(config: TrainConfig) -> Iterator[None]:
+    """Nobody else trains into the output meanwhile."""
+    output = Path(config.output).resolve()
+    with only_writer(output.parent / f".{output.name}.lock", config.output):
+        yield
+
+
 def before_training(config: TrainConfig) -> None:
-    """Raises SteeringError unless the output is new, or a stopped run that `--resume` was given for."""
+    """Raises SteeringError unless the output is new, or a stopped run of the same options that is to go on."""
     output = Path(config.output)
-    if config.resume and last_checkpoint(output) is None:
+    if config.cache is not None and Path(config.cache).resolve().is_relative_to(output.resolve()):
+        raise SteeringError(
+            f"--cache {config.cache} lies in --output {output}, which is for the checkpoint alone: give a directory "
+            "elsewhere"
+        )
+    if not config.resume:
+        refuse_used(output, "give a new one, or --resume a stopped run")
+        return
+    last = last_checkpoint(output)
+    if last is None:
         raise SteeringError(f"{output} has no checkpoint to resume from: start without --resume")
-    if not config.resume and output.exists() and any(output.iterdir()):
-        raise SteeringError(f"{output} exists and is not empty: give a new directory, or --resume a stopped run")
+    record.require_same(config, last)
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -194,12 +123,21 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     Raises SteeringError for a pair that does not fit, unreadable data, an output that exists, or a loss that is not
     finite.
     """
-    if int(os.environ.get("RANK", 0)) == 0 and not config.ray:  # the others may come when the first has begun
+    if int(os.environ.get("RANK", 0)) != 0 or config.ray:  # the others may come when the first has begun
+        return _train(config)
+    with _own_output(config):
         before_training(config)
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> dict[str, Any] | None:
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.target, config.drafter)
+    for model in (config.target, config.drafter):
+        require_embeddings(tokenizer, model, text_config(read_model_config(model)).vocab_size)
     rows, held_out = read_data(config, tokenizer)
     target, drafter, stored = load_models(config.target, config.drafter, PRECISIONS[config.precision])
+    writing.set_steering_aside(config, drafter)
     settings = _settings(config, target, drafter)
     drafter.requires_grad_(config.mode != "steer")
     arguments = _arguments(config)
@@ -208,8 +146,10 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     everything, training, held = split.in_file_order(rows, held_out)
     source = Batches(config, target, drafter, everything, settings, arguments)
     steering = None if config.mode == "distill" else Steering(settings)
-    pair = Pair(drafter, steering, target, source.first_layer).to(arguments.device)
-    pair.loss = LOSSES[config.loss]
+    pair = Pair(drafter, steering, target, LOSSES[config.loss], source.first_layer).to(arguments.device)
+    first = int(os.environ.get("RANK", 0)) == 0
+    if first:
+        writing.rehearse(config, pair, tokenizer, stored)
     judge = lambda: _judge(pair, source, held, config)  # noqa: E731
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
     data = split.describe(rows, held_out, Path(config.data[0]).name)
@@ -217,21 +157,25 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         split.check_control(config.control, data)
     control = _judge_control(config, target, source, held)
     trainer = _trainer(config, pair, source, training, arguments, judge)
-    if not config.resume and trainer.is_world_process_zero():
-        split.store(held_out, Path(arguments.output_dir))
+    checkpoints, last = Path(arguments.output_dir), last_checkpoint(Path(config.output)) if config.resume else None
+    if trainer.is_world_process_zero():
+        if last is None:
+            split.store(held_out, checkpoints)
+            record.store(config, checkpoints)
+        else:
+            record.note_resume(config, last)
     if config.steps:
-        last = last_checkpoint(Path(config.output)) if config.resume else None
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not trainer.is_world_process_zero():
         return None
-    _round_weights(pair, stored)
+    writing.round_weights(pair, stored)
     acceptance = {"data": data, "untrained": before, "trained": judge()} | control
-    settings = dataclasses.replace(settings, provenance=_provenance(config), acceptance=acceptance)
-    _save(config, pair, tokenizer, settings, stored)
-    (Path(config.output) / "acceptance.json").write_text(json.dumps(acceptance, indent=2) + "\n", encoding="utf-8")
+    origin_of_this = _provenance(config) | record.resumptions(checkpoints)
+    settings = dataclasses.replace(settings, provenance=origin_of_this, acceptance=acceptance)
+    writing.write(config, pair, tokenizer, settings, stored)
     plot_training(Path(config.output) / "training.png", acceptance, trainer.state.log_history)
     if not config.ray:  # Ray Train still writes there
-        shutil.rmtree(Path(config.output) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return acceptance
 
 
@@ -247,7 +191,7 @@ def _judge_control(config: TrainConfig, target: nn.Module, source: Batches, held
     if config.control is None:
         return {}
     load_tokenizer(config.target, config.control)
-    pair = Pair(load_model(config.control, torch.float32), None, target).to(source.device)
+    pair = Pair(load_model(config.control, torch.float32), None, target, LOSSES[config.loss]).to(source.device)
     return {"control": {"drafter": public_name(config.control)} | _judge(pair, source, held_out, config)}
 
 
@@ -290,13 +234,26 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
     from transformers import Trainer
 
     class PairTrainer(Trainer):
-        def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **_: Any) -> Tensor:
+        def get_batch_samples(
+            self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+        ) -> tuple[list[Any], Tensor]:
+            """The batches of one optimiser step, and how many positions they have in all processes together."""
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            count = torch.tensor(sum(int(response_mask(batch).sum()) for batch in batches), device=device)
+            return batches, self.accelerator.gather(count).sum()
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None, **_: Any
+        ) -> Tensor:
+            """This forward's share of the mean over all positions of the step, so that each of them weighs the same."""
             batch = source.complete(inputs)
             # A function of step and rows: a resumed run draws the same, other processes and forwards do not.
             rng = random.Random(f"{config.seed}:{self.state.global_step}:{int(inputs['input_ids'].sum())}")
             length = inputs["input_ids"].shape[1]
             steered_from = guide_sources(config.offsets, inputs["prompt_lengths"], length, config.k, rng)
-            loss = model(steered_from, **batch)
+            assert num_items_in_batch is not None
+            total = model(steered_from, **batch)
+            loss = total * self.accelerator.num_processes / num_items_in_batch  # gradients of processes are averaged
             if not torch.isfinite(loss):
                 _stop_at(config, self.state.global_step, loss, inputs)
             return loss
@@ -319,7 +276,7 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
         ],
         weight_decay=0.0,
     )
-    return PairTrainer(
+    trainer = PairTrainer(
         model=pair,
         args=arguments,
         train_dataset=rows,
@@ -327,6 +284,8 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
         data_collator=source.collate,
         optimizers=(optimizer, None),
     )
+    trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of positions of the whole step
+    return trainer
 
 
 def _stop_at(config: TrainConfig, step: int, loss: Tensor, inputs: dict[str, Tensor]) -> None:
@@ -350,33 +309,6 @@ def _settings(config: TrainConfig, target: nn.Module, drafter: nn.Module) -> Ste
         rank=config.rank,
         draft_length=config.k,
     )
-
-
-@torch.no_grad()
-def _round_weights(pair: Pair, dtype: torch.dtype) -> None:
-    """Round what trained to the dtype it is stored in, so that what is measured is what is served."""
-    for parameter in pair.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(parameter.to(dtype))
-
-
-def _save(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringConfig, dtype: torch.dtype) -> None:
-    output = Path(config.output)
-    pair.detach()
-    if pair.steering is not None:  # first: a full disk must not leave a joint drafter without its steering
-        pair.steering.config = settings
-        checkpoint.save(output, pair.steering.to(dtype))
-    if config.mode != "steer":
-        pair.drafter.to(dtype).save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        for path in output.iterdir():  # safetensors writes for the owner alone; servers run as somebody else
-            if path.is_file():
-                path.chmod(0o644)
-    if pair.steering is None:
-        record = {"provenance": settings.provenance, "acceptance": settings.acceptance}
-        (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if config.mode == "joint":
-        checkpoint.mark(output)
 
 
 def _provenance(config: TrainConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
-from vllm_steer.drafters.tokenizer import compare_tokenizers
+from vllm_steer.drafters.tokenizer import compare_tokenizers, require_embeddings
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of
 from vllm_steer.serving import introspection, patching
@@ -135,6 +135,8 @@ def vocabulary(case: Case) -> Iterable[Finding]:
     else:
         yield Finding("tokenizer", OK, seen)
     big, small = (text_config(config).vocab_size for config in (case.target_config, case.drafter_config))
+    for model, size in ((case.target, big), (case.drafter, small)):
+        require_embeddings(tokenizer, str(model), size)
     if big != small:
         seen = f"tables of {big} (target) and {small} (drafter) for these {used} tokens; vLLM wants one size"
         remedy = "pad the smaller model's embeddings (transformers: resize_token_embeddings) and train with it"
