@@ -68,9 +68,12 @@ def kill_switch(case: Case) -> Iterable[Finding]:
 
 def seam_places(case: Case) -> Iterable[Finding]:
     """Every place in vLLM where steering goes in."""
-    runners = introspection.runners()
+    runners, names = introspection.runners(), set()
     for seam, way in introspection.seam_ways():
         name = f"seam {seam.name}"
+        if name in names:  # the same name in another module
+            name = f"seam {seam.module.rpartition('.')[2]}.{seam.name}"
+        names.add(name)
         if way in ("replaced", "upstream"):
             yield Finding(name, OK, "in place" if way == "replaced" else "vLLM has a way of its own for it")
         elif seam.runner not in ("both", *runners):
