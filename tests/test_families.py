@@ -15,7 +15,7 @@ from vllm_steer.drafters.steered import checkpoint
 
 # Llama, Qwen2, Qwen3, Granite: test_parity.py. OLMo2, SmolLM3 and GLM-4 come through vLLM's Transformers backend.
 FIT = ("mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "glm4")
-SLIDING = ("gemma2", "gemma3_text")
+SLIDING = ("gemma2", "gemma3_text")  # every other layer has a window
 K, NEW = 3, 16
 
 
@@ -30,7 +30,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steered_drafter(family: str, target: Path, path: Path) -> Path:
     """A random drafter of `family` for the Llama target, with a random steering."""
     tied = family == "gemma2"  # vLLM's has no other form
-    drafter = tiny_model(family, DRAFTER, seed=1, tie_word_embeddings=tied)
+    keys = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]} if family in SLIDING else {}
+    drafter = tiny_model(family, DRAFTER, seed=1, tie_word_embeddings=tied, **keys)
     if tied:  # else it repeats its last token whatever it is told
         drafter.model.embed_tokens.weight.data.mul_(0.05)
     drafter.save_pretrained(path)
@@ -43,17 +44,17 @@ def steered_drafter(family: str, target: Path, path: Path) -> Path:
 @pytest.mark.parametrize("family", FIT)
 def test_drafts_are_those_of_the_reference(family: str, target: Path, tmp_path: Path, runners: Any) -> None:
     steered = steered_drafter(family, target, tmp_path / family)
-    prompts = [random_prompt(n, seed=n) for n in (4, 21)]
+    prompts = [random_prompt(n, seed=n) for n in (4, 21, 45)]
     spec = {"model": str(steered), "num_speculative_tokens": K}
-    keys = {"disable_hybrid_kv_cache_manager": True} if family in SLIDING else {}
-    result = runners("v1").generate(target, spec, prompts, max_tokens=NEW, **keys)
+    result = runners("v1").generate(target, spec, prompts, max_tokens=NEW)
     big, small = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).eval() for p in (target, steered))
     for i, prompt in enumerate(prompts):
         expected = generate(big, small, prompt, checkpoint.load(steered), k=K, max_new_tokens=NEW)
         plain = generate(big, small, prompt, None, k=K, max_new_tokens=NEW)
         assert [b.drafts for b in expected.blocks] != [b.drafts for b in plain.blocks]
         want = [[b.position, list(b.drafts)] for b in expected.blocks]
-        assert result["blocks"][i][: len(want)] == want
+        made = [block for block in result["blocks"][i] if block[0] >= len(prompt)]  # vLLM drafts for chunks too
+        assert made[: len(want)] == want
         assert result["tokens"][i] == expected.tokens
 
 
@@ -62,10 +63,3 @@ def test_others_are_refused(family: str, target: Path, tmp_path: Path, runners: 
     spec = {"model": str(steered_drafter(family, target, tmp_path / family)), "num_speculative_tokens": K}
     result = runners("v1").run(target, spec, [])
     assert "this family cannot be steered in vLLM" in result["error"]
-
-
-def test_a_sliding_window_drafter_needs_one_kv_cache_group_on_v1(target: Path, tmp_path: Path, runners: Any) -> None:
-    """Stock vLLM 0.32 changes the target's own output there, steered or not."""
-    spec = {"model": str(steered_drafter("gemma3_text", target, tmp_path / "d")), "num_speculative_tokens": K}
-    result = runners("v1").run(target, spec, [])
-    assert "add --disable-hybrid-kv-cache-manager, or use the V2 runner" in result["error"]

@@ -162,11 +162,12 @@ def test_up_to_the_end_of_the_context(layout: str, pair: Any, runners: Any) -> N
 
 
 @pytest.mark.parametrize("who", ["target", "drafter"])
-def test_one_window_for_a_whole_model(who: str, tmp_path: Path, runners: Any) -> None:
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_one_window_for_a_whole_model(runner: str, who: str, tmp_path: Path, runners: Any) -> None:
     """The other model has none: neither takes the window of the other, nor loses its own."""
     target, plain, _ = make_pair(tmp_path, "mistral")
     change_config(tmp_path / who, sliding_window=16)
-    check(runners("v1"), target, plain, False)
+    check(runners(runner), target, plain, False)
 
 
 GEMMA = {"sliding_window": 16, "layer_types": [S] * 5 + [F, S]}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+import pairs
 import pytest
 
 from vllm_steer.serving import patches as seams
@@ -236,6 +237,21 @@ def test_a_patched_engine_drafts_the_same(name: str, patched: Any, runners: Any)
     for mine, theirs in zip(upstream["calls"], replaced["calls"], strict=True):
         engines.assert_steered(mine, {4})
         assert (mine["blocks"], mine["tokens"]) == (theirs["blocks"], theirs["tokens"])
+
+
+@pytest.mark.parametrize("name", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
+def test_a_patched_engine_drafts_in_its_own_groups(name: str, patched: Any, runners: Any, tmp_path: Path) -> None:
+    """Both layers of the drafter in groups of their own, none of them the first, and another window."""
+    target, drafter, _ = pairs.make_pair(tmp_path)
+    sliding, full = "sliding_attention", "full_attention"
+    pairs.change_config(target, layer_types=[sliding, full] * 3 + [sliding], sliding_window=32)
+    pairs.change_config(drafter, layer_types=[sliding, full], sliding_window=16)
+    prompts = [pairs.random_prompt(n, seed=n) for n in (5, 75)]
+    spec = {"model": str(drafter), "num_speculative_tokens": 4}
+    mine, theirs = (r(name).generate(target, spec, prompts, max_tokens=16) for r in (patched, runners))
+    alone = runners(name).generate(target, None, prompts, max_tokens=16)
+    assert (mine["blocks"], mine["tokens"]) == (theirs["blocks"], theirs["tokens"])
+    assert mine["tokens"] == alone["tokens"]
 
 
 def test_a_patched_front_end_refuses_with_a_sentence(patched: Any) -> None:

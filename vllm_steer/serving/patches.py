@@ -161,4 +161,20 @@ SEAMS = (
         ),
         runner="v1",
     ),
+    Seam(
+        module="vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator",
+        name="StandaloneARSpeculator.load_draft_model",
+        make=repairs.load_with_own_window,
+        upstream=functools.partial(
+            patching.asked,
+            "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.draft_sliding_window",
+        ),
+        why=(
+            "a defect of vLLM 0.32: a draft model gets the sliding window of a target whose layers are all alike, in "
+            "place of its own, and is accepted less beyond it"
+        ),
+        remove_when="the V2 runner gives a draft model the sliding window of its own config",
+        runner="v2",
+        required=False,
+    ),
 )

@@ -63,6 +63,36 @@ def top_k_of_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply_top_k_only
 
 
+def with_own_window(config: Any, draft: Any) -> Any:
+    """A VllmConfig with the window that all layers of the draft model have, or with none.
+
+    The one it comes with is that of the target. Models whose layers differ tell every layer its own.
+    """
+    from vllm.config.utils import replace
+
+    kinds = getattr(draft.hf_text_config, "layer_types", None)
+    alike = kinds is None or set(kinds) == {"sliding_attention"}
+    window = draft.get_sliding_window() if alike else None
+    if window == config.cache_config.sliding_window:
+        return config
+    return replace(config, cache_config=replace(config.cache_config, sliding_window=window))
+
+
+def load_with_own_window(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`load_draft_model` of vLLM's V2 speculator for whole models."""
+
+    @functools.wraps(original)
+    def load_draft_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = self.vllm_config
+        self.vllm_config = with_own_window(whole, self.draft_model_config)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.vllm_config = whole
+
+    return load_draft_model
+
+
 class OwnKVCacheGroups:
     """Mixed into vLLM's V1 DraftModelProposer: every KV cache group that holds layers of the draft model gets the block
     table and the slots of that group.
@@ -77,14 +107,7 @@ class OwnKVCacheGroups:
         self._slots: dict[int, Tensor] = {}  # of every group but the first: [max_positions] int64
 
     def _create_draft_vllm_config(self) -> Any:
-        """As vLLM's, which leaves the drafter the window of a target whose layers all slide, and takes its own away."""
-        from vllm.config.utils import replace
-
-        config, model = super()._create_draft_vllm_config(), self.draft_model_config
-        kinds = getattr(model.hf_text_config, "layer_types", None)
-        alike = kinds is None or set(kinds) == {"sliding_attention"}  # else every layer is told its own window
-        cache = replace(config.cache_config, sliding_window=model.get_sliding_window() if alike else None)
-        return replace(config, cache_config=cache)
+        return with_own_window(super()._create_draft_vllm_config(), self.draft_model_config)
 
     def initialize_attn_backend(self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None) -> None:
         """Build attention groups for the draft layers, group by group of the KV cache."""
