@@ -163,6 +163,25 @@ def test_who_waited_for_another_cache_is_refused(tmp_path: Path) -> None:
         second.fill(lambda _: pytest.fail("it was filled"), 2)
 
 
+def test_other_rows_are_refused_without_waiting(tmp_path: Path) -> None:
+    """While the first process still computes its first batch."""
+
+    def first(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        with pytest.raises(SteeringError, match="was made with target x, this run has y"):
+            make(tmp_path, target="y")
+        return read(batch)
+
+    make(tmp_path).fill(first, 5)
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    def full(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SteeringError, match="cannot be written .*No space left.*: make room, or give another --cache"):
+        make(tmp_path).fill(full, 2)
+
+
 def test_a_cache_from_before_checksums_still_loads(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path).fill(read, 2)
     (tmp_path / "checksums.bin").unlink()

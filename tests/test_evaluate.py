@@ -26,6 +26,7 @@ from vllm_steer.bench.block_counting import Answer, count
 from vllm_steer.bench.candidate import Contender
 from vllm_steer.bench.run import BenchConfig
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.files import only_writer
 
 ROOT = Path(__file__).parents[1]
 PAIR = ROOT / "examples" / "tiny_pair"
@@ -278,11 +279,19 @@ def test_refused_before_any_engine_starts(tmp_path: Path, change: dict[str, Any]
 def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
-    with pytest.raises(SteeringError, match="exists and is not empty"):
+    with pytest.raises(SteeringError, match="exists and is not an empty directory"):
         evaluate.benchmark(bench_config(tmp_path))
     (tmp_path / "out" / "results.json").write_text('{"settings": {}}')
     with pytest.raises(SteeringError, match="not of a benchmark"):
         evaluate.benchmark(bench_config(tmp_path, resume=True))
+
+
+def test_a_second_benchmark_of_one_output_is_refused(tmp_path: Path) -> None:
+    config = bench_config(tmp_path)
+    output = Path(config.output)
+    with only_writer(output.parent / f".{output.name}.lock", "x"):
+        with pytest.raises(SteeringError, match="another process is writing"):
+            evaluate.benchmark(config)
 
 
 # --- the real command -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import only_writer, refuse_used, write_json
+from vllm_steer.drafters.steered.checkpoint import filling
 
 HOLD = """
 import sys, time
@@ -53,6 +54,17 @@ def test_who_waits_gets_it_and_no_two_have_it(tmp_path: Path, caplog: pytest.Log
         with pytest.raises(SteeringError), only_writer(lock, "the thing"):
             pass
     process.wait()
+
+
+def test_a_second_merge_into_one_directory_leaves_the_first_alone(tmp_path: Path) -> None:
+    with filling(tmp_path / "out"):
+        (tmp_path / "out/weights").write_text("half of them")
+        with pytest.raises(SteeringError, match="another process is writing"), filling(tmp_path / "out"):
+            pass
+        assert (tmp_path / "out/weights").exists()
+    with pytest.raises(SteeringError, match="is not an empty directory"), filling(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root writes everywhere")

@@ -132,6 +132,18 @@ def test_a_run_from_before_the_record(stopped: Path, folder: Path, tmp_path: Pat
     assert checkpoint.has_steering(tmp_path / "out")
 
 
+def test_an_option_newer_than_the_run(stopped: Path, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """It had its default then, whatever it is called."""
+    config = again(stopped, folder, tmp_path)
+    path = tmp_path / "out/checkpoints/run.json"
+    found = json.loads(path.read_text())
+    del found["settings"]["offsets"]
+    path.write_text(json.dumps(found))
+    trainer.before_training(config)
+    with pytest.raises(SteeringError, match="--offsets was batch when .* and is block now"):
+        trainer.before_training(again(stopped, folder, tmp_path, offsets="block"))
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

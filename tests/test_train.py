@@ -467,9 +467,20 @@ def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, k
 
 
 def test_several_processes_train_one_model(folder: Path, tmp_path: Path) -> None:
-    """torchrun with two: each has half the rows of a step, one writes, the weights are those of one process."""
+    """torchrun with two: each has half the rows of a step, one writes, the weights are those of one process.
+
+    Rows differ in length, so that a mean of the two processes' means would be another training.
+    """
     common = [f"--{name}={folder / name}" for name in ("target", "drafter")]
-    common += [f"--data={folder / 'data.jsonl'}", "--steps=3", "--k=1", "--target-layers", "0", "1", "2"]
+    common += [
+        f"--data={mixed_lengths(tmp_path / 'mixed.jsonl')}",
+        "--steps=3",
+        "--k=1",
+        "--target-layers",
+        "0",
+        "1",
+        "2",
+    ]
     common += ["--lr=1e-3", "--drafter-lr=1e-3", f"--cache={tmp_path / 'cache'}"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vllm_steer.cli"]
     for how, size, name in (([*launch], 2, "two"), (["-m", "vllm_steer.cli"], 4, "one")):

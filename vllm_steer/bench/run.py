@@ -21,6 +21,7 @@ from vllm_steer.bench import block_counting, report
 from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
 from vllm_steer.common import options, provenance
 from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
@@ -143,8 +144,14 @@ def benchmark(config: BenchConfig) -> dict[str, Any]:
     if find_spec("matplotlib") is None:
         raise SteeringError("plots need matplotlib: pip install matplotlib")
     output = Path(config.output)
-    if not config.resume and output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise SteeringError(f"{output} exists and is not empty: give a new directory, or --resume a stopped benchmark")
+    with only_writer(output.resolve().parent / f".{output.name}.lock", config.output):
+        return _benchmark(config)
+
+
+def _benchmark(config: BenchConfig) -> dict[str, Any]:
+    output = Path(config.output)
+    if not config.resume:
+        refuse_used(output, "give a new one, or --resume a stopped benchmark")
     if config.url is not None:
         return _write(output, _bench_server(config))
     target = read_model_config(config.target)

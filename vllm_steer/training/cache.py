@@ -63,12 +63,19 @@ class StateCache:
             return
         with only_writer(self.directory / LOCK, f"the cache {self.directory}", wait=True, keep=True):
             self.done = self._open()  # by now another process may have gone on
-            self._fill(read, batch_size)
+            try:
+                self._fill(read, batch_size)
+            except OSError as error:
+                raise SteeringError(
+                    f"the cache {self.directory} cannot be written ({error}): make room, or give another --cache; what "
+                    "is there is kept"
+                ) from error
         self._sums = self._read_sums()
 
     def _fill(self, read: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch_size: int) -> None:
         sizes = {f"{name}.bin": self.starts[self.done] * 2 * width for name, width in self.widths.items()}
         sizes[SUMS] = self.done * 4 * len(self.names)
+        self._write_index()  # before any row: a run with other rows or models is refused without waiting
         with (
             tqdm(total=self.starts[-1], initial=self.starts[self.done], unit="token", desc="caching states") as bar,
             _Appenders(self.directory, sizes) as out,
@@ -84,8 +91,11 @@ class StateCache:
                         out.write(SUMS, np.uint32(zlib.crc32(data)).tobytes())
                 out.flush()
                 self.done = first + len(rows)
-                write_json(self.directory / INDEX, {"made_from": self.made_from, "rows": self.done})
+                self._write_index()
                 bar.update(self.starts[self.done] - self.starts[first])
+
+    def _write_index(self) -> None:
+        write_json(self.directory / INDEX, {"made_from": self.made_from, "rows": self.done})
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """`collate` of some rows, with each cached tensor right-padded beside it, bfloat16 [B, T, width].

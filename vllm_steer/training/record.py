@@ -59,13 +59,15 @@ def require_same(config: TrainConfig, checkpoint: Path) -> None:
             "as they were",
             checkpoint.parent.parent, ", ".join(map(options.flag, before)),
         )  # fmt: skip
-    now = _settings(config)
-    for key in before:
-        if difference(before[key], now.get(key)):
-            was, given = names.get(key, before[key]), _names(config).get(key, now.get(key))
+    now, known = _settings(config), path.exists()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)} if known else {}
+    for key in sorted(before.keys() | defaults.keys() & now.keys()):
+        recorded = before.get(key, defaults.get(key))  # an option that is newer than the run had its default
+        if difference(recorded, now.get(key)):
+            was, given = names.get(key, recorded), _names(config).get(key, now.get(key))
             what = options.flag(key) if key in vars(config) else f"the number of {key}"
             if was == given:  # another model or file of one name
-                given = f"another of that name ({difference(before[key], now.get(key))})"
+                given = f"another of that name ({difference(recorded, now.get(key))})"
             raise SteeringError(
                 f"{what} was {_shown(was)} when {checkpoint.parent.parent} was started, and is {_shown(given)} now: "
                 "give the same to resume, or a new --output to start anew"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.common.files import refuse_used
+from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.drafters.models import drafter_shape, read_model_config
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
@@ -202,14 +202,16 @@ def filling(output: Path) -> Iterator[None]:
 
     Raises SteeringError naming the directory when a file cannot be read or written, a full disk for one.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
-        shutil.rmtree(output, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise SteeringError(f"{output} cannot be written ({error}): nothing of it was kept") from error
-        raise
+    with only_writer(output.parent / f".{output.name}.lock", str(output)):
+        refuse_used(output)  # again: another process may have been faster
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            yield
+        except BaseException as error:
+            shutil.rmtree(output, ignore_errors=True)
+            if isinstance(error, (OSError, SafetensorError)):
+                raise SteeringError(f"{output} cannot be written ({error}): nothing of it was kept") from error
+            raise
 
 
 def copy_files(source: Path, output: Path, wanted: Callable[[Path], bool] = lambda item: True) -> None:
