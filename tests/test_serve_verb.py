@@ -151,7 +151,7 @@ def test_without_the_vllm_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_keys_and_tokens_stay_out_of_the_log() -> None:
     rest = ["--api-key", "one", "two", "--port", "8001", "--hf-token=three", "--api_key=four", "--seed", "1"]
     shown = ["--api-key", "***", "***", "--port", "8001", "--hf-token=***", "--api_key=***", "--seed", "1"]
-    assert launch.hidden(["vllm", "serve", *rest]) == ["vllm", "serve", *shown]
+    assert launch.redact_words(["vllm", "serve", *rest], paths=True) == ["vllm", "serve", *shown]
 
 
 def test_refused_before_vllm_starts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shlex
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.redaction import redact
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,7 +60,8 @@ def json_object(name: str, text: str) -> dict[str, Any]:
 
 
 def command(verb: str, values: dict[str, Any]) -> str:
-    """The command line that gives these values, for the record; None and False are left out."""
+    """The command line that gives these values, for the record, redacted; None and False are left out."""
+    values = redact(values)
     words = ["vllm-steer", verb]
     for name, value in values.items():
         if value is None or value is False:

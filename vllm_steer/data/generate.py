@@ -28,6 +28,7 @@ from vllm_steer.common.files import write_json
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.common.provenance import fingerprint, origin, public_name
+from vllm_steer.common.redaction import redact
 from vllm_steer.data.prompts import Prompt, encode_prompt, files, is_builtin, read_prompts
 from vllm_steer.data.response_file import ResponseFile, meta_path
 from vllm_steer.data.vllm_engine import Engine, EngineConfig, Request, run_on_ray
@@ -253,7 +254,7 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
 
     Raises SteeringError naming the option that differs from the run that is resumed.
     """
-    engine = _without_paths(config.engine_options)
+    engine = redact(config.engine_options)
     given = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     given |= {name: public_name(given[name]) for name in ("model", "prompts", "output")}
     given["engine"] = json.dumps(engine) if engine else None
@@ -300,14 +301,5 @@ def _identity(meta: dict[str, Any]) -> dict[str, Any]:
         "--prompts (SHA-256)": meta["prompts"]["sha256"],
         "--split": meta["prompts"]["split"],
         **{options.flag(name): value for name, value in meta["sampling"].items()},
-        "--engine": {name: value for name, value in meta["engine"].items() if name not in RESOURCES},
+        "--engine": {name: value for name, value in redact(meta["engine"]).items() if name not in RESOURCES},
     }
-
-
-def _without_paths(value: Any) -> Any:
-    """JSON with the paths in it cut to names."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return public_name(value) if isinstance(value, str) else value

@@ -7,20 +7,35 @@ training, under that name, and tables of `vllm-steer bench` whose steering weigh
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import glob
 import json
 from dataclasses import MISSING, dataclass
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
 from vllm_steer.bench import report
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.common.identity import difference, fingerprint
+from vllm_steer.common.identity import CONFIG_FILES, TOKENIZER_FILES, difference, fingerprint
 from vllm_steer.common.options import option
+from vllm_steer.common.redaction import redact
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
 
 CARD = "README.md"
+ROLES = ("target", "drafter")
+FILES = (  # that a checkpoint consists of, by pattern; all else stays here
+    *("README.md", "LICENSE*", "NOTICE*", "config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "preprocessor_config.json"),
+    *(name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if "/" not in name and not name.endswith(".py")),
+    *("acceptance.json", "training.json", "training.png"),
+)
+FOLDERS = {
+    checkpoint.FOLDER: tuple(f"{checkpoint.FOLDER}/{name}" for name in checkpoint.FILES),
+    "additional_chat_templates": ("additional_chat_templates/*.jinja",),
+}
 OURS = "<!-- written by vllm-steer push -->"  # a card without this line is its author's, and is kept
 
 
@@ -64,6 +79,9 @@ def push(config: PushConfig) -> str:
         print(f"{path} is kept: it was not written by this command")
     else:
         path.write_text(card(directory, config.repo, config.bench, config.license), encoding="utf-8")
+    wanted, left_out = belongings(directory)
+    if left_out:
+        print(f"left out, no part of a checkpoint: {', '.join(left_out)}")
     if config.dry_run:
         return f"wrote {path}; nothing was uploaded"
     from huggingface_hub import HfApi
@@ -73,7 +91,7 @@ def push(config: PushConfig) -> str:
         hub.create_repo(config.repo, private=config.private or None, exist_ok=True)
         done = hub.upload_folder(
             repo_id=config.repo, folder_path=directory, commit_message="Add a steered drafter (vllm-steer)",
-            ignore_patterns=["checkpoints/*", "failed-batch.json"],
+            allow_patterns=[glob.escape(name) for name in wanted],
         )  # fmt: skip
     except Exception as error:  # huggingface_hub raises a dozen unrelated types; all mean "not uploaded"
         raise SteeringError(
@@ -83,9 +101,29 @@ def push(config: PushConfig) -> str:
     return f"uploaded {directory} to {config.repo}: {done}"
 
 
+def belongings(directory: Path) -> tuple[list[str], list[str]]:
+    """Names of the files in a directory that make a checkpoint, and of the files and folders that do not."""
+    wanted, left_out = [], []
+    for item in sorted(directory.iterdir()):
+        if item.is_dir() and item.name in FOLDERS:
+            files = {file.relative_to(directory).as_posix() for file in item.rglob("*") if file.is_file()}
+            allowed = {name for name in files if any(fnmatch(name, pattern) for pattern in FOLDERS[item.name])}
+            wanted += sorted(allowed)
+            left_out += sorted(files - allowed)
+        elif item.is_file() and any(fnmatch(item.name, pattern) for pattern in FILES):
+            wanted.append(item.name)
+        else:
+            left_out.append(item.name + "/" * item.is_dir())
+    return wanted, left_out
+
+
 def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name: str | None = None) -> str:
     """The model card of a checkpoint that loads, with the tables of benchmarks of exactly this steering."""
     config = checkpoint.load(directory).config
+    names = {
+        role: dataclasses.replace(getattr(config, role), name=redact(getattr(config, role).name)) for role in ROLES
+    }
+    config = dataclasses.replace(config, **names)
     adapter = not (directory / "config.json").is_file()
     tables = [_measured(Path(bench), directory) for bench in benches]
     parts = [_header(config, license_name), OURS, _what(config, adapter), _serve(config, repo, adapter)]
@@ -156,7 +194,7 @@ def _measured(bench: Path, directory: Path) -> str:
             "run vllm-steer bench with this checkpoint"
         )
     return (
-        report.table(results)
+        report.table(redact(results))
         .replace("\n## ", "\n#### ")
         .replace("# Drafters of", "### Measured in vLLM: drafters of", 1)
     )
@@ -165,4 +203,4 @@ def _measured(bench: Path, directory: Path) -> str:
 def _provenance(config: SteeringConfig) -> str:
     if not config.provenance:
         return "## How it was made\n\nNot on record."
-    return "## How it was made\n\n```json\n" + json.dumps(config.provenance, indent=2) + "\n```"
+    return "## How it was made\n\n```json\n" + json.dumps(redact(config.provenance), indent=2) + "\n```"

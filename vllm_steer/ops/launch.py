@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.options import json_object
+from vllm_steer.common.redaction import redact_words
 from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
@@ -25,7 +26,6 @@ DRAFT_LENGTH = 5  # for a checkpoint that does not say what it was trained for
 SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default
 SPECULATIVE, ADDITIONAL = "speculative_config", "additional_config"
 JSON_OPTIONS = {"--speculative-config": SPECULATIVE, "-sc": SPECULATIVE, "--additional-config": ADDITIONAL}
-SECRETS = ("--api-key", "--hf-token")
 SHORTHANDS = {"--spec-model": "model", "--spec-tokens": "num_speculative_tokens", "--spec-method": "method"}
 
 
@@ -50,20 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """`vllm-steer serve`: print the command, then be it."""
     words = command(args.directory, args.rest, args.target, args.drafter)
-    print(shlex.join(words if args.dry_run else hidden(words)), flush=True)
+    print(shlex.join(words if args.dry_run else redact_words(words, paths=True)), flush=True)
     if not args.dry_run:
         os.execv(words[0], words)
-
-
-def hidden(words: list[str]) -> list[str]:
-    """The words as they may stand in a log: without keys and tokens."""
-    shown, secret = [], False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        starts = word.startswith("-")
-        secret = (secret and not starts) or name.replace("_", "-") in SECRETS  # --api-key takes several
-        shown.append(f"{name}=***" if equals and starts and secret else word if starts or not secret else "***")
-    return shown
 
 
 def command(directory: str, rest: list[str], target: str | None = None, drafter: str | None = None) -> list[str]:
