@@ -151,3 +151,14 @@ def test_what_the_package_logs_is_seen(monkeypatch: pytest.MonkeyPatch, capsys: 
         assert cli.main(["check", "x"]) == 0
         assert capsys.readouterr().err == "INFO: only the target's states are cached\n"
     assert not logging.getLogger("vllm_steer").handlers
+
+
+def test_nobody_reads_on() -> None:
+    """`vllm-steer check X | head -1`: no traceback, and the status that the shell knows of such an end."""
+    pair = Path(__file__).parents[1] / "examples/tiny_pair"
+    for words, status in ((["check", str(pair / "steered")], cli.BROKEN_PIPE), (["doctor", "--help"], 0)):
+        command = [sys.executable, "-m", "vllm_steer.cli", *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process.stdout.close()
+        assert "Traceback" not in (said := process.stderr.read()) and "BrokenPipe" not in said, said
+        assert process.wait() == status  # argparse itself forgives it when it prints help

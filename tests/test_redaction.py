@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
+from vllm_steer import cli
 from vllm_steer.common import options
 from vllm_steer.common.identity import Identity
 from vllm_steer.common.redaction import is_secret, redact, redact_words
 from vllm_steer.ops import hub
+from vllm_steer.ops.doctor import run as doctor
+from vllm_steer.ops.doctor.findings import OK, Finding
 
 PAIR = Path(__file__).parent.parent / "examples/tiny_pair"
 
@@ -21,7 +24,8 @@ PAIR = Path(__file__).parent.parent / "examples/tiny_pair"
     "key",
     ["hf_token", "HF_TOKEN", "--hf-token", "hfToken", "token", "api_key", "--api-key", "OPENAI_API_KEY", "apikey",
      "aws_secret_access_key", "aws_access_key_id", "password", "db_password", "hf-password", "secret", "client_secret",
-     "kv_transfer_config.api_key", "authorization", "AWS_CREDENTIALS", "key"],
+     "kv_transfer_config.api_key", "authorization", "AWS_CREDENTIALS", "key", "HFTOKEN", "authtoken", "api_keys",
+     "passwords", "secrets", "pwd", "DB_PASS", "--x.api-key+", "bearer"],
 )  # fmt: skip
 def test_secret_keys(key: str) -> None:
     assert is_secret(key)
@@ -31,7 +35,8 @@ def test_secret_keys(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     ["max_tokens", "max_num_batched_tokens", "--max-tokens", "tokens", "eos_token", "pad_token", "num_key_value_heads",
-     "stop_token_ids", "tokenizer", "token_ids", "keep", "keys", "secretary", "per_token_bytes"],
+     "stop_token_ids", "stop_token", "audio_token", "bytes_per_token", "tokenizer", "compass", "keyboard",
+     "token_ids", "keep", "keys", "secretary", "per_token_bytes"],
 )  # fmt: skip
 def test_other_keys(key: str) -> None:
     assert not is_secret(key)
@@ -58,6 +63,23 @@ def test_other_keys(key: str) -> None:
         ("steered=/home/me/adapter+/home/me/drafter", "steered=adapter+drafter"),
         ("see '/home/me/x.json', please", "see 'x.json', please"),
         ("OWNER/NAME", "OWNER/NAME"),
+        ("path:/home/me/x", "path:x"),
+        ("plain=file:///home/me/x", "plain=x"),
+        ("plain=/x", "plain=x"),
+        ("~me/models/x", "x"),
+        ("C:/models/x", "x"),
+        ("C:\\models\\x", "x"),
+        ("\\\\host\\share\\x", "x"),
+        ({"/home/me/x": 1}, {"x": 1}),
+        ("http://h/v1?api_key=S3CRET&x=1", "http://h/v1?api_key=***&x=1"),
+        ("http://u:S3C@RET@h/v1", "http://***@h/v1"),
+        (' {"api_key": "S3CRET"}', '{"api_key": "***"}'),
+        ("{'api_key': 'S3CRET', 'x': 1}", "{'api_key': '***', 'x': 1}"),
+        ("failed with hf_token=S3CRET, x", "failed with hf_token=***, x"),
+        ("HF_TOKEN: S3CRET", "HF_TOKEN: ***"),
+        ("Authorization: Bearer S3CRET99", "Authorization: *** ***"),
+        ("STEER_DISABLE=1 vllm-steer bench --hf-token S3CRET", "STEER_DISABLE=1 vllm-steer bench --hf-token '***'"),
+        ("/usr/bin/python3.11 -m x --hf-token S3CRET", "python3.11 -m x --hf-token '***'"),
         ("a/b/c of x", "a/b/c of x"),
         ("1/2 and 3 / 4", "1/2 and 3 / 4"),
         ("{not json", "{not json"),
@@ -83,6 +105,10 @@ def test_what_needs_no_change_is_the_same_object() -> None:
         ("--api-key=a --port 1", "--api-key=*** --port 1"),
         ("--a.b-token a c --x 1", "--a.b-token *** *** --x 1"),
         ("--a.b_token=a rest", "--a.b_token=*** rest"),
+        ("--api-key a=S= --port 1", "--api-key *** --port 1"),
+        ("--api-key -S --port 1", "--api-key *** --port 1"),
+        ("--api-key S -p 1", "--api-key *** -p 1"),
+        ("--x.api-key+ S --x.hf_token+=S y", "--x.api-key+ *** --x.hf_token+=*** y"),
         ("HF_TOKEN=a vllm serve /m/x", "HF_TOKEN=*** vllm serve x"),
         ("--model=/m/x --url http://u:p@h/v1", "--model=x --url http://***@h/v1"),
     ],
@@ -105,10 +131,19 @@ def test_a_recorded_command_has_no_secret(tmp_path: Path) -> None:
     ]
 
 
+def test_the_doctor_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor, "examine", lambda case: [Finding("server", OK, f"{case.url} answers", "hf_token=S3CRET")]
+    )
+    assert cli.main(["doctor", "--url", "http://me:S3CRET@host:1"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "ok       server http://***@host:1 answers: hf_token=***"
+
+
 def test_only_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
     for name in (
         ".env", "notes.txt", "responses.jsonl", "responses.meta.json", "cache.json", "states.bin", "optimizer.pt",
         "checkpoints/checkpoint-2/model.safetensors", "cache/states.bin", "steering/.secret", "steering/model.bin",
+        "optimizer.safetensors", "training_state.safetensors", "states.safetensors", "LICENSE.env", "modeling_x.py",
         "failed-batch.json", "id_rsa", "additional_chat_templates/tool.jinja", "additional_chat_templates/x.py",
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +152,9 @@ def test_only_a_checkpoint_is_uploaded(tmp_path: Path) -> None:
     for name in mine:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((PAIR / "steered" / name).read_bytes())
-    (tmp_path / "README.md").write_text("x")
+    for name in ("README.md", "LICENCE", "USE_POLICY.md", "model-00001-of-00002.safetensors", "processor_config.json"):
+        (tmp_path / name).write_text("x")
+        mine.add(name)
     wanted, left_out = hub.belongings(tmp_path)
-    assert set(wanted) == mine | {"README.md", "additional_chat_templates/tool.jinja"}
+    assert set(wanted) == mine | {"additional_chat_templates/tool.jinja"}
     assert {".env", "checkpoints/", "cache/", "steering/.secret", "states.bin", "responses.jsonl"} <= set(left_out)

@@ -9,6 +9,7 @@ import argparse
 import functools
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
         "--directory ./drafter-steered --repo OWNER/NAME --bench ./bench --license apache-2.0",
     ),
 }
+BROKEN_PIPE = 128 + 13  # as the shell tells of a process that SIGPIPE ended
 PASSES_ON = ("serve",)  # what these verbs do not know they hand to somebody else
 EPILOG = """\
 from a target and a small model of its family to a steered drafter and its table:
@@ -72,22 +74,32 @@ a steered drafter is a model directory with a steering/ folder; vLLM serves it a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: its own, or 0, 1 for a mistake with a sentence, 130 for Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one verb. Returns the exit status: its own, or 0, 1 for a mistake with a sentence, 130 for Ctrl-C,
+    141 when nobody reads the output any more."""
     try:
-        parser = _parser(argv)
-        args, rest = parser.parse_known_args(argv)
-        if rest and args.verb not in PASSES_ON:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        args.rest = rest
-        with _logging_to_stderr():
-            return args.function(args) or 0
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no error
     except SteeringError as error:
         print(f"vllm-steer: error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `vllm-steer check X | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        return BROKEN_PIPE
     except KeyboardInterrupt:
         print("vllm-steer: interrupted", file=sys.stderr)
         return 130
+
+
+def _main(argv: list[str]) -> int:
+    parser = _parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.verb not in PASSES_ON:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    with _logging_to_stderr():
+        return args.function(args) or 0
 
 
 @contextmanager

@@ -57,8 +57,10 @@ class Contender:
         """The steering/ folder it drafts with; None for a plain drafter."""
         if self.adapter is not None:
             return checkpoint.resolve(self.adapter) / checkpoint.FOLDER
-        carries = self.drafter is not None and checkpoint.has_steering(self.drafter)
-        return Path(self.drafter) / checkpoint.FOLDER if carries else None
+        if self.drafter is None:
+            return None
+        here = checkpoint.resolve(self.drafter)  # of a hub id its snapshot
+        return here / checkpoint.FOLDER if checkpoint.has_steering(here) else None
 
     def check(self, target: Any) -> Any:
         """The drafter's transformers config, None without one; `target` is the target's.
@@ -125,20 +127,24 @@ def measure(contender: Contender, settings: dict[str, Any], prompts: list[dict[s
     """Measure at every temperature.
 
     Args:
-        settings: target, k, max_tokens, temperature (a list), batch, max_model_len, engine, seed.
+        settings: target, k, max_tokens, temperature (a list), batch, max_model_len, engine, seed, sampling.
         prompts: [{"id", "category", "ids": token ids}].
 
-    Returns {"environment", "steered", "peak_memory": a dict per worker, "runs": one per temperature}. Raises
+    Returns {"environment", "steered", "scale", "sampling", "peak_memory": a dict per worker, "runs": one per
+    temperature}; "scale" is None for a drafter that is not steered. Raises
     SteeringError when blocks cannot be counted; vLLM's own exceptions pass.
     """
     from vllm_steer.serving import probe
 
     llm = probe.open_engine(contender.drafter, contender.adapter, settings)
     try:
-        runs = [_run(llm, contender, t, settings, prompts) for t in settings["temperature"]]
+        own = probe.own_sampling(llm) if settings["sampling"] == "served" else {}
+        runs = [_run(llm, contender, t, settings | {"own_sampling": own}, prompts) for t in settings["temperature"]]
         return {
             "environment": probe.describe(llm),
             "steered": all(llm.collective_rpc(probe.is_steered)),
+            "scale": llm.collective_rpc(probe.scale)[0],
+            "sampling": own,
             "peak_memory": llm.collective_rpc(probe.memory),
             "runs": runs,
         }
@@ -156,6 +162,7 @@ def _run(
     k = settings["k"] if contender.drafter else 0
     batch, most = settings["batch"], settings["max_tokens"]
     common = {"batch": batch, "temperature": temperature, "seed": settings["seed"]}
+    common["sampling"] = settings["own_sampling"]
     ids = [prompt["ids"] for prompt in prompts]
     probe.drive(llm, ids[:batch], max_tokens=min(WARM_UP, most), **common)
     common["max_tokens"] = block_counting.tokens_to_ask(most, k)

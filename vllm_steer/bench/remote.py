@@ -21,6 +21,9 @@ COUNTERS = {
     "accepted": "vllm:spec_decode_num_accepted_tokens",
 }
 PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
+NEUTRAL = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+NEUTRAL_EXTRA = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # vLLM's own parameters
+KEY = "OPENAI_API_KEY"
 NOTE = """\
 From the server's own counters, before and after: they include drafts that nobody made (vLLM verifies placeholders after
 a preemption or a full prefix hit), blocks cut by the length limit, and whatever other clients asked in that time. There
@@ -38,10 +41,12 @@ def measure(
     batch: int,
     seed: int,
     template: dict[str, Any] | None = None,
+    sampling: str = "neutral",
 ) -> tuple[str, list[dict[str, Any]]]:
     """Send every prompt at every temperature, `batch` at a time; prompt i with seed + i.
 
-    `template` has variables for the server's chat template.
+    `template` has variables for the server's chat template. With `sampling` "served" the server applies what it takes
+    from the model's generation_config; "neutral" overrides that.
 
     Returns the served model (the first one when `model` is None) and parts like those of evaluate.summarise. Raises
     SteeringError when the server does not answer, does not speculate, or refuses every prompt.
@@ -50,10 +55,12 @@ def measure(
 
     url = url.rstrip("/").removesuffix("/v1")
     counters(url)  # reachable, and speculating
-    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600, max_retries=0)
+    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get(KEY, "none"), timeout=600, max_retries=0)
     model = model or _first_model(client)
     asked = {"model": model, "max_tokens": max_tokens}
-    asked |= {"extra_body": {"chat_template_kwargs": template}} if template else {}
+    more = dict(NEUTRAL_EXTRA) if sampling == "neutral" else {}
+    more |= {"chat_template_kwargs": template} if template else {}
+    asked |= (NEUTRAL if sampling == "neutral" else {}) | ({"extra_body": more} if more else {})
     return model, [_measure(client, url, prompts, batch, seed, asked | {"temperature": t}) for t in temperatures]
 
 
@@ -91,12 +98,22 @@ def counters(url: str) -> dict[str, Any]:
 
 
 def _first_model(client: Any) -> str:
-    from openai import OpenAIError
+    from openai import APIStatusError, OpenAIError
 
     try:
         return client.models.list().data[0].id
+    except APIStatusError as error:
+        raise _key_or(error, f"the server does not say which models it has ({error}): give --model") from None
     except (OpenAIError, IndexError) as error:
         raise SteeringError(f"the server does not say which models it has ({error}): give --model") from None
+
+
+def _key_or(error: Any, otherwise: str) -> SteeringError:
+    """What to say of a server's refusal: that it wants a key, if that is why."""
+    if error.status_code not in (401, 403):
+        return SteeringError(otherwise)
+    given = f"the one in {KEY} is not accepted" if os.environ.get(KEY) else f"none is set: set {KEY}"
+    return SteeringError(f"the server asks for a key (HTTP {error.status_code}), and {given}")
 
 
 def _measure(
@@ -147,5 +164,7 @@ def _ask(client: Any, prompt: Prompt, asked: dict[str, Any]) -> int | str:
     except APIConnectionError as error:  # also when it does not answer in time
         raise SteeringError(f"the server stopped answering at prompt {prompt.id!r} ({error})") from None
     except APIStatusError as error:
+        if error.status_code in (401, 403):
+            raise _key_or(error, "") from None
         return f"{error.status_code}: {error.message}"
     return answer.usage.completion_tokens

@@ -71,9 +71,29 @@ def _about(results: dict[str, Any]) -> list[str]:
         ", ".join([*drafts, f"{s['number_of_prompts']} prompts from `{s['prompts']}`", f"{s['max_tokens']} new tokens"])
         + f", {s['batch']} at a time.",
         *sorted(set(where), key=where.index),
+        *_conditions(s),
         "",
         f"    {results['command']}",
     ]
+
+
+def _conditions(settings: dict[str, Any]) -> list[str]:
+    """How was sampled, and what was set; results from before these were recorded say neither."""
+    found = settings.get("conditions", {"steering": "on", "environment": {}})
+    lines = [f"Sampling: {settings['sampling']}."] if "sampling" in settings else []
+    if found["steering"] == "off":
+        lines.append("**Steering was switched off (STEER_DISABLE).**")
+    if found["environment"]:
+        lines.append("Set: " + ", ".join(f"`{name}={value}`" for name, value in found["environment"].items()) + ".")
+    return lines
+
+
+def _steering(contender: dict[str, Any]) -> str:
+    """Whether a contender was steered: on, at another scale, or off though its drafter has a steering."""
+    if contender.get("steered"):
+        scale = contender.get("scale", 1.0)
+        return "on" if scale == 1 else "off (scale 0)" if scale == 0 else f"scale {scale:g}"
+    return "off" if contender.get("identity", {}).get("steering_weights") else ""
 
 
 def _environment(contender: dict[str, Any]) -> str:
@@ -105,7 +125,7 @@ def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[
                 " ".join(_share(x) for x in row["accepted_at"]),
                 _speed(row.get("tokens_per_second"), slow),
                 "" if row.get("drafting_share") is None else f"{row['drafting_share']:.0%}",
-                "on" if known.get(row["name"], {}).get("steered") else "",
+                _steering(known.get(row["name"], {})),
                 "" if memory is None else _memory(memory),
                 "" if unlike is None else f"{unlike} of {row['prompts']}",
             ]

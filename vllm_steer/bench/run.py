@@ -17,16 +17,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.bench import block_counting, report
+from vllm_steer.bench import block_counting, conditions, report
 from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
 from vllm_steer.common import options, provenance
-from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
+from vllm_steer.common.redaction import redact
+from vllm_steer.data.generate import SAMPLING
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.tokenizer import read_tokenizer
+from vllm_steer.serving.kill_switch import KILL_SWITCH
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,11 @@ class BenchConfig:
     chat_template_kwargs: str = option(
         "{}", "variables of the chat template as JSON, e.g. '{\"enable_thinking\": false}'", metavar="JSON"
     )
+    sampling: str = option(
+        "neutral",
+        "beside the temperature: neutral (top_p 1, no top_k, no penalties), or served: the model's generation_config",
+        choices=list(SAMPLING),
+    )
     seed: int = option(0, "of the sampled answers: prompt i is sampled with seed + i")
     resume: bool = option(False, "keep what the output holds, measure what is missing")
     url: str | None = option(None, "measure a running server instead of --target, e.g. http://localhost:8000", type=str)
@@ -78,6 +86,7 @@ class BenchConfig:
         for name in ("k", "max_tokens", "batch"):
             require_at_least(options.flag(name), getattr(self, name), 1)
         require_at_least("--seed", self.seed, 0)
+        require_one_of("--sampling", self.sampling, SAMPLING)
         for value in self.temperature:
             if not (math.isfinite(value) and value >= 0):
                 raise SteeringError(f"--temperature is {value}, allowed is 0 (greedy) or more")
@@ -158,16 +167,17 @@ def _benchmark(config: BenchConfig) -> dict[str, Any]:
     models = [target, *(contender.check(target) for contender in config.contenders)]
     prompts, dropped, room = _encode(config, [model for model in models if model is not None])
     settings = _settings(config, prompts, room)
+    _say_what_is_off(config, settings)
     results = {
         "command": options.command("bench", dataclasses.asdict(config) | {"resume": False}),
-        "settings": settings,
+        "settings": redact(settings),
         "dropped_prompts": dropped,
         "contenders": _measured(output, settings) if config.resume else [],
     }
     for contender in config.contenders:
-        identity = contender.identity()
+        identity = redact(contender.identity())
         known = {c["name"]: c for c in results["contenders"]}
-        if difference(known.get(contender.name, {}).get("identity"), identity) is None:
+        if difference(redact(known.get(contender.name, {}).get("identity")), identity) is None:
             print(f"{contender.name}: measured already", flush=True)
         else:
             found = measure_in_a_process(contender, settings, prompts)
@@ -185,6 +195,7 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
     prompts = config.read_prompts()
     asked = {"max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
     asked |= {"template": config.template_options} if config.template_options else {}
+    asked["sampling"] = config.sampling
     model, parts = remote.measure(config.url, config.model, prompts, temperatures=config.temperature, **asked)
     return {
         "title": f"A running server of `{model}`",
@@ -193,9 +204,9 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
         "origin": provenance.origin("openai"),
         "settings": asked
         | {
-            "url": config.url,
+            "url": redact(config.url),
             "model": model,
-            "prompts": config.prompts,
+            "prompts": redact(config.prompts),
             "split": config.marked,
             "number_of_prompts": len(prompts),
             "prompts_sha256": _digest([prompt.to_dict() for prompt in prompts]),
@@ -290,7 +301,20 @@ def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> 
         "max_model_len": room,
         "engine": config.engine_options,
         "seed": config.seed,
+        "sampling": config.sampling,
+        "conditions": conditions.conditions(),
     }
+
+
+def _say_what_is_off(config: BenchConfig, settings: dict[str, Any]) -> None:
+    """Warn when steered drafters are about to be measured without their steering, which the table will say too."""
+    steered = [contender.name for contender in config.contenders if contender.steering is not None]
+    additional = config.engine_options.get("additional_config") or {}
+    scale = (additional.get("vllm_steer") or {}).get("scale", 1) if isinstance(additional, dict) else 1
+    if steered and settings["conditions"]["steering"] == "off":
+        log.warning("%s is set: %s will be measured unsteered, and the table says so", KILL_SWITCH, ", ".join(steered))
+    elif steered and scale != 1:
+        log.warning("scale is %s: %s will be measured with it, and the table says so", scale, ", ".join(steered))
 
 
 def _digest(prompts: list[dict[str, Any]]) -> str:
@@ -310,8 +334,9 @@ def _measured(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         raise SteeringError(
             f"cannot resume, {path} is not of a benchmark with --target: give a new directory"
         ) from None
-    for key, value in settings.items():
-        if what := difference(before.get(key), value):
+    conditions.refuse_other(settings["conditions"], before, contenders, str(output))
+    for key, value in redact({key: value for key, value in settings.items() if key != "conditions"}).items():
+        if what := difference(redact(before.get(key, "neutral" if key == "sampling" else None)), value):
             raise SteeringError(
                 f"{output} was measured with {key} {before.get(key)!r}, now it is {value!r}: {what}; give a new "
                 "directory, or the settings of before"

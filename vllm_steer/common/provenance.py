@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from typing import Any
 from vllm_steer import __version__
 from vllm_steer.common.identity import fingerprint
 
-__all__ = ["commit", "fingerprint", "origin", "public_name"]
+__all__ = ["commit", "cpu_name", "fingerprint", "origin", "public_name"]
 
 
 def public_name(name: str) -> str:
@@ -38,3 +39,13 @@ def commit() -> str | None:
         return None
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
+
+
+def cpu_name() -> str:
+    """The first processor's model name, or its architecture where /proc has none."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()

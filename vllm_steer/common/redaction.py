@@ -14,20 +14,29 @@ from typing import Any
 
 MASK = "***"
 SECRET = re.compile(
-    r"(^|_)(token|key|api_?key|access_?key(_id)?|password|passwd|passphrase|secret|credentials?|authorization)$"
-    r"|password$|secret$"
+    r"(token|api_?keys?|access_?key(_id)?|passwords?|passwd|passphrase|secrets?|credentials?|authorization|bearer)$"
+    r"|(^|_)(key|pass|pwd)$"
 )
-NO_SECRETS = re.compile(r"(^|_)(bos|eos|unk|pad|sep|cls|mask|image|additional_special)_token$")  # of a tokenizer
-USER_INFO = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-# Inside other text a path needs two parts, and may not be the path of a URL or the second half of a hub id.
-INNER_PATH = re.compile(r"(?<![\w.~:/-])~?/(?:[^\s/'\"=+,:;()\[\]{}]+/)+([^\s/'\"=+,:;()\[\]{}]*)")
-WHOLE_PATH = re.compile(r"~?/[^\n]*|[A-Za-z]:\\[^\n]*")
-COMMAND = re.compile(r"(vllm-steer|vllm|python\S*|torchrun) \S")
+NO_SECRETS = re.compile(  # of a tokenizer, or a measure
+    r"(^|_)(bos|eos|unk|pad|sep|cls|mask|image|audio|video|boi|eoi|eot|stop|additional_special|per)_token$"
+)
+USER_INFO = re.compile(r"(?<=://)[^/\s'\"]+(?=@)")
+QUERY = re.compile(r"(?<=[?&;])([\w.-]+)=([^&#;\s'\"]+)")
+NAMED = re.compile(
+    r"(?<![\w.-])(['\"]?)([\w.-]{5,})\1(\s*[:=]\s*)(['\"]?)([^\s'\",;}&]+)"
+)  # in text: hf_token=X, 'api_key': 'X'
+BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+# Inside other text a path needs two parts, or an equals sign before it; the path of a URL and a hub id are none.
+INNER_PATH = re.compile(
+    r"(?<![\w.~/-])~?/(?:[^\s/'\"=+,:;()\[\]{}]+/)+([^\s/'\"=+,:;()\[\]{}]*)|(?<==)~?/[^\s/'\"=+,:;]+"
+)
+WHOLE_PATH = re.compile(r"~[\w-]*/[^\n]*|/[^\n]*|[A-Za-z]:[\\/][^\n]*|\\\\[^\n]*")
+COMMAND = re.compile(r"(\w+=\S*\s+)*(\S*/)?(vllm-steer|vllm|python[\d.]*|torchrun)\s")
 
 
 def is_secret(key: str) -> bool:
     """Whether the value of a key, an option or an environment variable must not be shown."""
-    name = key.lstrip("-").replace("-", "_").rpartition(".")[2]
+    name = key.strip("-+").replace("-", "_").rpartition(".")[2]
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()  # hfToken
     return SECRET.search(name) is not None and NO_SECRETS.search(name) is None
 
@@ -35,7 +44,10 @@ def is_secret(key: str) -> bool:
 def redact(value: Any, *, paths: bool = False) -> Any:
     """JSON-able data as it may be published; with `paths`, paths stay. What needs no change is returned as it is."""
     if isinstance(value, dict):
-        return {key: _masked(item) if is_secret(str(key)) else redact(item, paths=paths) for key, item in value.items()}
+        return {
+            redact(key, paths=paths): _masked(item) if is_secret(str(key)) else redact(item, paths=paths)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return type(value)(redact(item, paths=paths) for item in value)
     return _text(value, paths) if isinstance(value, str) else value
@@ -43,17 +55,19 @@ def redact(value: Any, *, paths: bool = False) -> Any:
 
 def redact_words(words: list[str], *, paths: bool = False) -> list[str]:
     """A command's words as they may be published: `--key X`, `--key=X`, `--a.b-key X`, NAME=X and JSON."""
-    shown, secret = [], False
+    shown: list[str] = []
+    expected = ""  # after a secret option: its "first" value, whatever that starts with, then "more" of them
     for word in words:
         name, equals, value = word.partition("=")
-        option = word.startswith("-")
-        named = bool(equals) and re.fullmatch(r"-{0,2}[\w.-]+", name) is not None
-        if option or named:
-            secret = is_secret(name)
-            shown.append(word if not equals else f"{name}={MASK if secret else redact(value, paths=paths)}")
-            secret = secret and option and not equals
+        if (expected == "first" and not word.startswith("--")) or (expected == "more" and not word.startswith("-")):
+            shown.append(MASK)
+            expected = "more"
+        elif equals and re.fullmatch(r"-{0,2}[\w.-]+\+?", name):
+            shown.append(f"{name}={MASK if is_secret(name) else redact(value, paths=paths)}")
+            expected = ""
         else:
-            shown.append(MASK if secret else redact(word, paths=paths))  # an option may take several
+            expected = "first" if word.startswith("-") and is_secret(word) else ""
+            shown.append(redact(word, paths=paths))
     return shown
 
 
@@ -62,7 +76,7 @@ def _masked(value: Any) -> Any:
 
 
 def _text(text: str, paths: bool) -> str:
-    if text[:1] in ("{", "["):
+    if text.lstrip()[:1] in ("{", "["):
         try:
             found = json.loads(text)
         except (ValueError, RecursionError):
@@ -78,10 +92,11 @@ def _text(text: str, paths: bool) -> str:
         else:
             shown_words = redact_words(words, paths=paths)
             return text if shown_words == words else shlex.join(shown_words)
-    new = USER_INFO.sub(MASK, text)
-    if new.startswith("file://") and not paths:
-        new = new.removeprefix("file://")
+    new = BEARER.sub(rf"\1 {MASK}", USER_INFO.sub(MASK, text))
+    new = QUERY.sub(lambda m: f"{m[1]}={MASK}" if is_secret(m[1]) else m[0], new)
+    new = NAMED.sub(lambda m: m[0].removesuffix(m[5]) + MASK if is_secret(m[2]) else m[0], new)
     if not paths:
+        new = new.replace("file:///", "/")
         new = _name(new) if WHOLE_PATH.fullmatch(new) else INNER_PATH.sub(lambda match: _name(match.group()), new)
     return text if new == text else new
 

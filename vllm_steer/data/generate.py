@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.common import options
-from vllm_steer.common.errors import SteeringError, require_at_least
+from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.common.files import write_json
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
@@ -36,6 +36,7 @@ from vllm_steer.drafters.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 
+SAMPLING = ("neutral", "served")
 OURS = ("model", "tokenizer", "revision", "max_model_len")  # engine arguments this verb decides
 RESOURCES = (  # engine arguments that --resume may change: memory and speed, often the reason of a crash
     "gpu_memory_utilization",
@@ -69,6 +70,11 @@ class GenerateConfig:
     samples: int = option(1, "responses per prompt")
     max_tokens: int = option(256, "tokens per response, at most")
     temperature: float = option(1.0, "sampling temperature; 0 is greedy")
+    sampling: str = option(
+        "neutral",
+        "beside the temperature: neutral (top_p 1, no top_k, no penalties), or served: the model's generation_config",
+        choices=list(SAMPLING),
+    )
     seed: int = option(0, "every response's own seed is made from this one, its prompt's id and its sample number")
     max_model_len: int | None = option(
         None, "context: prompts without room in it are dropped (default: the model's own)", type=int
@@ -92,6 +98,7 @@ class GenerateConfig:
             raise SteeringError(f"--temperature is {self.temperature}, allowed is 0 or more")
         if self.temperature == 0 and self.samples > 1:
             raise SteeringError(f"--samples is {self.samples} and greedy responses are all the same: allowed is 1")
+        require_one_of("--sampling", self.sampling, SAMPLING)
         if self.workers > 1 and not self.ray:
             raise SteeringError(f"--workers is {self.workers}: several engines need --ray")
         if Path(self.output).suffix != ".jsonl":
@@ -192,7 +199,12 @@ def _write(
 def _answers(config: GenerateConfig, requests: Iterator[Request]) -> Iterator[Iterable[dict[str, Any]]]:
     """Rows for the requests, from Ray's engines or one of our own; none is started when nothing is asked."""
     settings = EngineConfig(
-        config.model, config.max_model_len, config.max_tokens, config.temperature, config.engine_options
+        config.model,
+        config.max_model_len,
+        config.max_tokens,
+        config.temperature,
+        config.engine_options,
+        config.sampling,
     )
     first = next(requests, None)
     if first is None:
@@ -259,7 +271,9 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
     given |= {name: public_name(given[name]) for name in ("model", "prompts", "output")}
     given["engine"] = json.dumps(engine) if engine else None
     given["chat_template_kwargs"] = json.dumps(config.template_options) if config.template_options else None
-    sampling = {name: given[name] for name in ("samples", "max_tokens", "temperature", "seed", "max_model_len")}
+    sampling = {
+        name: given[name] for name in ("samples", "max_tokens", "temperature", "sampling", "seed", "max_model_len")
+    }
     if config.template_options:
         sampling["chat_template_kwargs"] = config.template_options
     sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in files(config.prompts))).hexdigest()
@@ -300,6 +314,6 @@ def _identity(meta: dict[str, Any]) -> dict[str, Any]:
         "--model (fingerprint)": meta["model"]["fingerprint"],
         "--prompts (SHA-256)": meta["prompts"]["sha256"],
         "--split": meta["prompts"]["split"],
-        **{options.flag(name): value for name, value in meta["sampling"].items()},
+        **{options.flag(name): value for name, value in ({"sampling": "neutral"} | meta["sampling"]).items()},
         "--engine": {name: value for name, value in redact(meta["engine"]).items() if name not in RESOURCES},
     }

@@ -42,6 +42,7 @@ class EngineConfig:
     max_tokens: int
     temperature: float
     options: dict[str, Any]
+    sampling: str = "neutral"  # or "served": what the model's generation_config asks for beside the temperature
 
 
 class Engine:
@@ -69,6 +70,8 @@ class Engine:
         self._engine = self._llm.llm_engine
         self.context = self._engine.model_config.max_model_len
         self._window = 2 * self._engine.vllm_config.scheduler_config.max_num_seqs  # running, and as many ready to
+        own = self._engine.model_config.get_diff_sampling_param() if config.sampling == "served" else {}
+        self.own_sampling = {key: value for key, value in own.items() if key not in ("temperature", "max_tokens")}
         self._open: dict[str, Request] = {}
         self._refused: list[dict[str, Any]] = []
         self._count = 0
@@ -93,6 +96,7 @@ class Engine:
             self._refused.append({"id": request.id, "sample": request.sample, "dropped": reason})
             return
         sampling = SamplingParams(
+            **self.own_sampling,
             temperature=self.config.temperature,
             max_tokens=self.config.max_tokens,
             seed=request.seed,

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import glob
 import json
+import logging
 from dataclasses import MISSING, dataclass
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
@@ -23,12 +24,21 @@ from vllm_steer.common.options import option
 from vllm_steer.common.redaction import redact
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.serving.kill_switch import KILL_SWITCH
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 ROLES = ("target", "drafter")
 FILES = (  # that a checkpoint consists of, by pattern; all else stays here
-    *("README.md", "LICENSE*", "NOTICE*", "config.json", "*.safetensors", "*.safetensors.index.json"),
-    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "preprocessor_config.json"),
+    *("README.md", "config.json", "preprocessor_config.json", "processor_config.json"),
+    *(
+        f"{name}{end}"
+        for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+        for end in ("", ".txt", ".md")
+    ),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
     *(name for name in (*CONFIG_FILES, *TOKENIZER_FILES) if "/" not in name and not name.endswith(".py")),
     *("acceptance.json", "training.json", "training.png"),
 )
@@ -182,22 +192,59 @@ def _measured(bench: Path, directory: Path) -> str:
     path = bench / "results.json"
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = [contender["identity"]["steering_weights"] for contender in results["contenders"]]
+        known = {c["name"]: c["identity"]["steering_weights"] for c in results["contenders"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteeringError(
             f"{path} is not a benchmark's result ({error}): give an output of vllm-steer bench"
         ) from None
     mine = fingerprint(directory / checkpoint.FOLDER)
-    if all(difference(one, mine) for one in known):
+    if not (names := [name for name, weights in known.items() if not difference(weights, mine)]):
         raise SteeringError(
             f"{bench} measured other steering weights than those of {directory}: a card claims only what was measured; "
             "run vllm-steer bench with this checkpoint"
         )
+    for contender in results["contenders"]:
+        if contender["name"] in names:
+            _require_steered(contender, results["settings"], bench)
+            _require_drafter(contender["identity"].get("drafter_weights"), directory, bench)
+    if "conditions" not in results["settings"]:
+        log.warning("%s does not say under which environment variables it was measured, nor with which sampling", bench)
     return (
         report.table(redact(results))
         .replace("\n## ", "\n#### ")
         .replace("# Drafters of", "### Measured in vLLM: drafters of", 1)
     )
+
+
+def _require_steered(contender: dict[str, Any], settings: dict[str, Any], bench: Path) -> None:
+    """Raises SteeringError for numbers of this checkpoint that were measured unsteered, or at another scale."""
+    scale = contender.get("scale")
+    scale = _asked_scale(settings) if scale is None else scale  # early results have it in the engine's options only
+    steered = contender.get("steered") is True
+    if not steered or scale != 1:
+        how = f"at scale {float(scale):g}" if steered else f"unsteered ({KILL_SWITCH} was set)"
+        raise SteeringError(
+            f"{bench} measured this checkpoint {how} under the name {contender['name']!r}: a card claims only what it "
+            "does as it is served; run vllm-steer bench again without that"
+        )
+
+
+def _asked_scale(settings: dict[str, Any]) -> Any:
+    """The scale in the engine's options of a benchmark, whatever else is in them; 1 when there is none."""
+    found: Any = settings
+    for key in ("engine", "additional_config", "vllm_steer", "scale"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return float(found) if isinstance(found, int | float) else 1.0
+
+
+def _require_drafter(measured: Any, directory: Path, bench: Path) -> None:
+    """Raises SteeringError when a whole checkpoint's steering was measured over another drafter than its own."""
+    if (directory / "config.json").is_file() and measured is not None:
+        if what := difference(measured, fingerprint(directory)):
+            raise SteeringError(
+                f"{bench} measured this steering with another drafter than the one in {directory}: {what}; run "
+                "vllm-steer bench with this checkpoint"
+            )
 
 
 def _provenance(config: SteeringConfig) -> str:

@@ -9,7 +9,6 @@ is read: results still come back one scheduler step at a time, and a call may re
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.reader import Counter
+
+from vllm_steer.common.provenance import cpu_name
 
 
 @dataclass
@@ -83,11 +84,13 @@ def drive(
     temperature: float,
     max_tokens: int,
     seed: int,
+    sampling: dict[str, Any] | None = None,
     finished: Callable[[], None] = lambda: None,
     before_step: Callable[[bool], None] = lambda prefilling: None,
 ) -> tuple[list[Delivery], Clock]:
     """Answer prompts (token ids), `batch` at a time, stepping the engine; request i is sampled with seed + i.
 
+    `sampling` has further parameters of vLLM's; without them every one is neutral.
     `finished` is called for each answer, `before_step` with whether a request still waits for its first token.
     """
     engine, clock = llm.llm_engine, Clock()
@@ -97,13 +100,14 @@ def drive(
     while waiting or live:
         while waiting and len(live) < batch:
             live.add(i := waiting.popleft())
-            sampling = SamplingParams(
+            asked = SamplingParams(
+                **sampling or {},
                 temperature=temperature,
                 max_tokens=max_tokens,
                 seed=seed + i if temperature else None,
                 output_kind=RequestOutputKind.DELTA,
             )
-            engine.add_request(str(i), {"type": "token", "prompt_token_ids": prompts[i]}, sampling)
+            engine.add_request(str(i), {"type": "token", "prompt_token_ids": prompts[i]}, asked)
         prefilling = any(not answers[i].steps for i in live)
         before_step(prefilling)
         start = time.perf_counter()
@@ -147,6 +151,18 @@ def preemptions(llm: LLM) -> int:
 def is_steered(worker: Any) -> bool:
     """Whether this worker's drafter is steered."""
     return getattr(_drafter(worker), "injection", None) is not None
+
+
+def scale(worker: Any) -> float | None:
+    """What this worker multiplies every delta by; None for a drafter that is not steered."""
+    injection = getattr(_drafter(worker), "injection", None)
+    return None if injection is None else float(injection.scale)
+
+
+def own_sampling(llm: LLM) -> dict[str, Any]:
+    """What the model's generation_config asks for beside the temperature, as a server applies it by default."""
+    found = llm.llm_engine.model_config.get_diff_sampling_param()
+    return {name: value for name, value in found.items() if name not in ("temperature", "max_tokens")}
 
 
 def start_timing(worker: Any) -> None:
@@ -203,7 +219,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "eager": config.model_config.enforce_eager,
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     if torch.cuda.is_available():
@@ -226,9 +242,3 @@ def _peak_resident() -> int:
     """High-water mark of this process's resident memory in bytes (not getrusage: that starts at the parent's)."""
     with open("/proc/self/status", encoding="ascii") as file:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.machine()

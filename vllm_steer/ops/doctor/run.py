@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 from vllm_steer.common.errors import SteeringError, require_at_least
 from vllm_steer.common.options import flag
+from vllm_steer.common.redaction import redact
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding, python_packages
 
 ABSENT = {
@@ -77,6 +78,13 @@ def examine(case: Case) -> list[Finding]:
     return findings
 
 
+def redact_finding(found: Finding) -> Finding:
+    """What may be shown of it: what a check saw may hold an address or an error with a secret in it."""
+    return dataclasses.replace(
+        found, seen=redact(found.seen, paths=True), remedy=found.remedy and redact(found.remedy, paths=True)
+    )
+
+
 def text(findings: list[Finding]) -> str:
     """One line for each check: mark, name, what was seen: the remedy. Checks skipped for one reason share a line."""
     lines, width = [], max(len(f.name) for f in findings)
@@ -118,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         require_at_least(flag(name), given.get(name, 1), 1)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM would say is asked for, check by check
     with contextlib.redirect_stdout(sys.stderr):
-        findings = examine(Case(**given))
+        findings = [redact_finding(found) for found in examine(Case(**given))]
     failed = any(f.status == FAIL for f in findings)
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [dataclasses.asdict(f) for f in findings]}, indent=2))
