@@ -359,6 +359,7 @@ def test_bench_samples_neutrally_or_as_served(peaked: Path, tmp_path: Path) -> N
     """At T=1 the model's own top_p makes every answer the greedy one; neutral sampling does not."""
     heldout(tmp_path / "p.jsonl", 3)
     common = ["bench", "--target", str(peaked), "--none", "--prompts", str(tmp_path / "p.jsonl"), "--max-tokens", "12"]
+    common += ["--max-model-len", "256"]
     for sampling, same in (("neutral", False), ("served", True)):
         out = tmp_path / sampling
         vllm_steer(*common, "--output", str(out), "--engine", json.dumps(ENGINE), "--sampling", sampling)
