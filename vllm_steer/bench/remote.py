@@ -57,8 +57,8 @@ def measure(
     counters(url)  # reachable, and speculating
     client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get(KEY, "none"), timeout=600, max_retries=0)
     model = model or _first_model(client)
-    asked = {"model": model, "max_tokens": max_tokens}
-    more = dict(NEUTRAL_EXTRA) if sampling == "neutral" else {}
+    asked: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
+    more: dict[str, Any] = dict(NEUTRAL_EXTRA) if sampling == "neutral" else {}
     more |= {"chat_template_kwargs": template} if template else {}
     asked |= (NEUTRAL if sampling == "neutral" else {}) | ({"extra_body": more} if more else {})
     return model, [_measure(client, url, prompts, batch, seed, asked | {"temperature": t}) for t in temperatures]

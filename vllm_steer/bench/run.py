@@ -12,12 +12,14 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vllm_steer.bench import block_counting, conditions, report
+from vllm_steer.bench.block_counting import Answer
 from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
 from vllm_steer.common import options, provenance
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
@@ -163,6 +165,7 @@ def _benchmark(config: BenchConfig) -> dict[str, Any]:
         refuse_used(output, "give a new one, or --resume a stopped benchmark")
     if config.url is not None:
         return _write(output, _bench_server(config))
+    assert config.target is not None  # or __post_init__ would have refused
     target = read_model_config(config.target)
     models = [target, *(contender.check(target) for contender in config.contenders)]
     prompts, dropped, room = _encode(config, [model for model in models if model is not None])
@@ -193,7 +196,8 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
     from vllm_steer.bench import remote
 
     prompts = config.read_prompts()
-    asked = {"max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
+    assert config.url is not None
+    asked: dict[str, Any] = {"max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
     asked |= {"template": config.template_options} if config.template_options else {}
     asked["sampling"] = config.sampling
     model, parts = remote.measure(config.url, config.model, prompts, temperatures=config.temperature, **asked)
@@ -221,7 +225,9 @@ def summarise(settings: dict[str, Any], contenders: list[dict[str, Any]]) -> lis
     found = []
     for place, temperature in enumerate(settings["temperature"]):
         runs = {c["name"]: c["runs"][place] for c in contenders}
-        answers = {name: [block_counting.Answer.from_dict(raw) for raw in run["answers"]] for name, run in runs.items()}
+        answers: dict[str, Sequence[Answer]] = {
+            name: [Answer.from_dict(raw) for raw in run["answers"]] for name, run in runs.items()
+        }
         k = {name: 0 if name == NONE else settings["k"] for name in runs}
         rows, pairs = block_counting.summarise(answers, k)
         for row in rows:
@@ -230,7 +236,9 @@ def summarise(settings: dict[str, Any], contenders: list[dict[str, Any]]) -> lis
                 row["answers_unlike_none"] = _unlike(runs[row["name"]], runs[NONE])
         categories = {}
         for category in block_counting.by_category(next(iter(answers.values()))):
-            part = {name: block_counting.by_category(all_)[category] for name, all_ in answers.items()}
+            part: dict[str, Sequence[Answer]] = {
+                name: block_counting.by_category(all_)[category] for name, all_ in answers.items()
+            }
             categories[category] = dict(zip(("rows", "pairs"), block_counting.summarise(part, k), strict=True))
         found.append({"temperature": temperature, "rows": rows, "pairs": pairs, "categories": categories})
     return found
@@ -261,8 +269,10 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     room = config.max_model_len or min([*lengths, LONGEST])
     # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
     most = room - block_counting.tokens_to_ask(config.max_tokens, config.k) - 2 * (config.k + 1)
-    tokenizer = read_tokenizer(config.target)
-    kept, dropped, template = [], [], config.template_options
+    assert config.target is not None
+    tokenizer, template = read_tokenizer(config.target), config.template_options
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
     for prompt in config.read_prompts():
         try:
             ids = encode_prompt(tokenizer, prompt.prompt, template, prompt.tools)
@@ -287,6 +297,7 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
 
 def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> dict[str, Any]:
     """All that numbers depend on and contenders have in common."""
+    assert config.target is not None
     return {
         "target": config.target,
         "target_weights": provenance.fingerprint(config.target),

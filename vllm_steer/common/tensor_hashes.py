@@ -162,7 +162,7 @@ def _safetensors(path: Path, advance: Advance) -> list[Entry] | None:
     header.pop("__metadata__", None)
     spans = [(start + first, last - first) for first, last in (item["data_offsets"] for item in header.values())]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(lambda span: _hash_span(path, *span, advance), spans))
+        digests = list(pool.map(lambda span: _hash_span(path, span[0], span[1], advance), spans))
     return [
         (name, item["dtype"], tuple(item["shape"]), digest)
         for (name, item), digest in zip(header.items(), digests, strict=True)

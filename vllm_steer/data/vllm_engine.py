@@ -109,9 +109,12 @@ class Engine:
 
     def step(self) -> list[dict[str, Any]]:
         """One forward pass of the engine; the rows that are complete after it, as they are written to the file."""
+        from vllm import RequestOutput
+
         rows, self._refused = self._refused, []
         for output in self._engine.step() if self._open else []:
             if output.finished:
+                assert isinstance(output, RequestOutput)  # not a pooling model's
                 request, answer = self._open.pop(output.request_id), output.outputs[0]
                 if answer.finish_reason not in ("stop", "length"):
                     raise SteeringError(f"vLLM gave up on prompt {request.id}: {answer.finish_reason}")
@@ -154,7 +157,7 @@ class Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """A batch of requests in JSON to their rows in JSON (strings: Arrow has nothing to guess)."""
-        futures = []
+        futures: list[Future[Any]] = []
         for text in batch["request"]:
             futures.append(Future())
             self._inbox.put((Request(**json.loads(text)), futures[-1]))

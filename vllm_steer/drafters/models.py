@@ -113,10 +113,10 @@ def require_loadable(directory: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        _, found = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
     except Exception as error:  # transformers raises what the first wrong value breaks
         raise SteeringError(f"the weights of {directory} do not load ({' '.join(str(error).split())[:300]})") from None
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loaded[1]["missing_keys"]):
         raise SteeringError(
             f"{directory} lacks {len(missing)} of its model's tensors, {missing[0]} for one: copy or save it again"
         )

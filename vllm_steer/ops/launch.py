@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafter", help="drafter to steer, for an adapter or in place of the one in DIR (default: the recorded one)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    parser.epilog += (
+    parser.epilog = (parser.epilog or "") + (
         "\n\neverything else goes to vLLM as it is, and wins over what the checkpoint says: -tp 2,\n"
         "--speculative-config '{\"num_speculative_tokens\": 3}', --spec-tokens 3 ...; `vllm serve --help=all` lists it"
     )

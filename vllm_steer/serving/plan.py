@@ -89,7 +89,7 @@ def written(vllm_config: VllmConfig) -> Written | None:
 
     Raises SteeringError for a forged config.json, or a plan that lost its type on the way to a worker.
     """
-    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    draft: Any = getattr(vllm_config.speculative_config, "draft_model_config", None)
     raw = getattr(getattr(draft, "hf_config", None), PLAN, None)
     if raw is None or (disabled() and not isinstance(raw, Written)):
         return None

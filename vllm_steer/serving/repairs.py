@@ -93,13 +93,19 @@ def load_with_own_window(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_draft_model
 
 
-class OwnKVCacheGroups:
+Proposer: Any = object  # for the type checker: the class that this is mixed into has all that is used here
+
+
+class OwnKVCacheGroups(Proposer):
     """Mixed into vLLM's V1 DraftModelProposer: every KV cache group that holds layers of the draft model gets the block
     table and the slots of that group.
 
     vLLM 0.32 hands the proposer the block table of group 0, which is the target's where target and drafter do not share
     one group: the drafter then overwrites the target's KV cache. And it allows the drafter one group only.
     """
+
+    _draft_attn_layer_names: Any  # vLLM's: a set of names
+    draft_attn_groups: Any  # vLLM's: a list of its AttentionGroup
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)

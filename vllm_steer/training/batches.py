@@ -7,9 +7,9 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import difference, fingerprint
@@ -20,6 +20,9 @@ from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.training.cache import StateCache
 from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +98,8 @@ class Batches:
     def __init__(
         self,
         config: Any,
-        target: nn.Module,
-        drafter: nn.Module,
+        target: PreTrainedModel,
+        drafter: PreTrainedModel,
         rows: list[Row],
         settings: SteeringConfig,
         arguments: Any,

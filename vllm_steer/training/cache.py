@@ -40,7 +40,7 @@ INDEX, SUMS, LOCK = "cache.json", "checksums.bin", ".lock"
 class StateCache:
     """Rows and the tensors read for them; `fill` first, then index by row number."""
 
-    def __init__(self, directory: str | Path, rows: Sequence[Row], widths: dict[str, int], made_from: dict[str, Any]):
+    def __init__(self, directory: str | Path, rows: list[Row], widths: dict[str, int], made_from: dict[str, Any]):
         """
         Args:
             widths: names and widths of the tensors kept per token, e.g. {"states": 3 * H, "final": H}.
@@ -114,7 +114,7 @@ class StateCache:
     def _row(self, name: str, i: int) -> np.ndarray:
         """One row of one tensor, checked: uint16 [tokens, width]."""
         found = self._stored(name, i)
-        if zlib.crc32(found) != self._sums[i, self.names.index(name)]:
+        if zlib.crc32(found.data) != self._sums[i, self.names.index(name)]:
             raise SteeringError(
                 f"{self.directory / name}.bin is damaged in row {i} of {len(self.rows)}: {self._remedy}"
             )
@@ -187,7 +187,7 @@ class StateCache:
         sums = np.zeros((done, len(self.names)), np.uint32)
         for column, name in enumerate(self.names):
             for i in range(done):
-                sums[i, column] = zlib.crc32(self._stored(name, i))
+                sums[i, column] = zlib.crc32(self._stored(name, i).data)
         new = self.directory / f"{SUMS}.{os.getpid()}"
         try:
             sums.tofile(new)

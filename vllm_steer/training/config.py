@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -96,7 +97,12 @@ class TrainConfig:
             require_at_least(options.flag(name), getattr(self, name), least)
         for name in ("batch_size", "accumulate", "k", "save_every", "workers"):
             require_at_least(options.flag(name), getattr(self, name), 1)
-        allowed = {"mode": MODES, "loss": LOSSES, "offsets": OFFSET_RULES, "precision": PRECISIONS}
+        allowed: dict[str, Iterable[str]] = {
+            "mode": MODES,
+            "loss": LOSSES,
+            "offsets": OFFSET_RULES,
+            "precision": PRECISIONS,
+        }
         for name, values in (allowed | {"keep": ("best", "last")}).items():
             require_one_of(options.flag(name), getattr(self, name), values)
         for name in self.report_to:

@@ -137,7 +137,7 @@ def _of_old_run(checkpoint: Path) -> dict[str, Any]:
         parts = [name for name in ("steering", "drafter") if any(key.startswith(f"{name}.") for key in shapes)]
         rates = [group["initial_lr"] for group in optimizer["param_groups"]]
         found = {"batch_size": state["train_batch_size"]}
-        found["mode"] = {("steering",): "steer", ("drafter",): "distill"}.get(tuple(parts), "joint")
+        found["mode"] = "joint" if len(parts) == 2 else {"steering": "steer", "drafter": "distill"}[parts[0]]
         found |= dict(zip([{"steering": "lr", "drafter": "drafter_lr"}[part] for part in parts], rates, strict=True))
         if "steering" in parts:
             found["rank"] = next(

@@ -15,7 +15,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from vllm_steer.training.losses import LOSSES
 from vllm_steer.training.pair import Pair, guide_sources, response_mask
 from vllm_steer.training.plots import plot_training
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["add_arguments", "run", "train"]  # the first two are the verb's
 
 BEST = "eval_sampled"  # predicted block efficiency at temperature 1, what --keep best goes by
@@ -54,8 +57,11 @@ def run(args: argparse.Namespace) -> None:
 
 def train_on_ray(config: TrainConfig) -> dict[str, Any]:
     """`train` in `config.workers` processes of a Ray cluster; paths must mean the same on every machine of it."""
-    paths = {name: str(Path(value).resolve()) for name in ("target", "drafter", "output", "cache", "control")
-             if (value := getattr(config, name)) and (Path(value).exists() or name in ("output", "cache"))}  # fmt: skip
+    paths: dict[str, Any] = {}
+    for name in ("target", "drafter", "output", "cache", "control"):
+        value = getattr(config, name)
+        if value and (Path(value).exists() or name in ("output", "cache")):
+            paths[name] = str(Path(value).resolve())
     data = tuple(str(Path(path).resolve()) for path in config.data)
     local = dataclasses.replace(config, data=data, **paths)
     with _own_output(local):
@@ -186,7 +192,9 @@ def _judge(pair: Pair, source: Batches, held_out: list[int], config: TrainConfig
     return found
 
 
-def _judge_control(config: TrainConfig, target: nn.Module, source: Batches, held_out: list[int]) -> dict[str, Any]:
+def _judge_control(
+    config: TrainConfig, target: PreTrainedModel, source: Batches, held_out: list[int]
+) -> dict[str, Any]:
     """{"control": its acceptance on the held-out rows}, or {} when none was given."""
     if config.control is None:
         return {}
@@ -242,7 +250,7 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
             count = torch.tensor(sum(int(response_mask(batch).sum()) for batch in batches), device=device)
             return batches, self.accelerator.gather(count).sum()
 
-        def compute_loss(
+        def compute_loss(  # type: ignore[override]  # never asked for outputs
             self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None, **_: Any
         ) -> Tensor:
             """This forward's share of the mean over all positions of the step, so that each of them weighs the same."""

@@ -85,7 +85,8 @@ def write(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringCon
         pair.steering.config = settings
         checkpoint.save(output, pair.steering.to(dtype))
     if config.mode != "steer":
-        _write_drafter(config.drafter, pair.drafter.to(dtype), output)
+        pair.drafter.to(dtype=dtype)  # type: ignore[call-arg]  # in place, as its wrapper does not say
+        _write_drafter(config.drafter, pair.drafter, output)
         tokenizer.save_pretrained(output)
         for path in output.iterdir():  # safetensors writes for the owner alone; servers run as somebody else
             if path.is_file():

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_steer.drafters.steered.config import SteeringConfig
-
 OK, WARNING, FAIL, SKIPPED = "ok", "warning", "FAIL", "skipped"
 
 
@@ -24,17 +22,20 @@ class Finding:
 
 @dataclass
 class Case:
-    """What is examined: first as given, then what checks have found for those after them. None: not there."""
+    """What is examined: first as given, then what checks have found for those after them. None: not there.
 
-    checkpoint: str | None = None
-    target: str | None = None
-    drafter: str | None = None
-    url: str | None = None
+    Fields of type Any are looked at by checks that say they need them, and are called only where they are there.
+    """
+
+    checkpoint: Any = None  # str, like the next three
+    target: Any = None
+    drafter: Any = None
+    url: Any = None
     max_num_seqs: int | None = None
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     vllm: str | None = None  # its version
-    config: SteeringConfig | None = None
+    config: Any = None  # SteeringConfig
     target_config: Any = None  # of transformers, like the next
     drafter_config: Any = None
     engine: Any = None  # the VllmConfig that would be served
