@@ -16,7 +16,7 @@ import pytest
 import vllm_steer
 
 ROOT = Path(vllm_steer.__file__).parent
-PUBLIC = {"vllm.LLM", "vllm.SamplingParams", "vllm.sampling_params.RequestOutputKind"}
+PUBLIC = {"vllm.LLM", "vllm.RequestOutput", "vllm.SamplingParams", "vllm.sampling_params.RequestOutputKind"}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -17,6 +17,8 @@ Everything below is imported when it is first used; `import vllm_steer` loads ne
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vllm_steer.common import moved
+
 if TYPE_CHECKING:
     from vllm_steer.bench.run import BenchConfig as BenchConfig
     from vllm_steer.bench.run import benchmark as benchmark
@@ -52,6 +54,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+moved.install()
 
 
 def __dir__() -> list[str]:
