@@ -28,7 +28,7 @@ def test_an_old_name_is_the_module_of_today(name: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["config import SteeringError, read_model_config, require_one_of", "pair import load_tokenizer, measure, load_models",
+    ["config import SteeringError, read_model_config, require_one_of", "pair import load_tokenizer, measure",
      "response_file import write_json, ResponseFile", "data import read_rows, split_rows, without_prompts",
      "prompts import read_prompts, encode_prompt", "checkpoint import load, refuse_used"],
 )  # fmt: skip
