@@ -451,11 +451,16 @@ def test_tables_and_plots(measured: tuple[Path, str]) -> None:
     assert not list(output.glob(".*"))
 
 
-def test_resuming_with_nothing_left_and_with_other_settings(measured: tuple[Path, str], tmp_path: Path) -> None:
+def test_resuming_with_nothing_left_and_with_other_settings(
+    measured: tuple[Path, str], target: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (ENV | runner_env("v1")).items():  # the conditions it was measured under
+        monkeypatch.setenv(name, value)
     output = shutil.copytree(measured[0], tmp_path / "out")
     before = json.loads((output / "results.json").read_text(encoding="utf-8"))
     settings = before["settings"]
-    same = {key: settings[key] for key in ("target", "prompts", "k", "max_tokens", "batch", "max_model_len", "seed")}
+    same = {key: settings[key] for key in ("k", "max_tokens", "batch", "max_model_len", "seed")}
+    same |= {"target": str(target), "prompts": str(prompts)}
     drafters = (f"plain={PAIR / 'drafter'}", f"steered={PAIR / 'steered'}")
     config = BenchConfig(**same, drafters=drafters, output=str(output), engine=json.dumps(ENGINE), resume=True)
     again = evaluate.benchmark(config)

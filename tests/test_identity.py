@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from vllm_steer.bench import run
+from vllm_steer.bench.conditions import conditions
 from vllm_steer.common import tensor_hashes
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import Identity, difference, fingerprint, sampled_fingerprint
@@ -486,7 +487,9 @@ def test_a_benchmark_of_other_weights_is_refused(model: Path, tmp_path: Path, ol
     recorded = {"target_weights": sampled_fingerprint(model) if old else str(fingerprint(model)), "k": 5}
     results = {"settings": recorded, "contenders": [{"name": "plain"}]}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    measured = lambda: run._measured(tmp_path, {"target_weights": fingerprint(model), "k": 5})  # noqa: E731
+    measured = lambda: run._measured(  # noqa: E731
+        tmp_path, {"target_weights": fingerprint(model), "k": 5, "conditions": conditions()}
+    )
     assert measured() == [{"name": "plain"}]
     raw = bytearray((model / "model.safetensors").read_bytes())
     raw[-1] ^= 1
@@ -518,8 +521,9 @@ def test_a_resumed_benchmark_keeps_what_it_measured_of_these_weights(tmp_path: P
 @pytest.mark.parametrize("identify", [fingerprint, sampled_fingerprint], ids=["now", "old"])
 def test_a_card_takes_a_table_of_these_steering_weights_only(tmp_path: Path, monkeypatch, identify) -> None:
     steered = Path(shutil.copytree(PAIR / "steered", tmp_path / "steered"))
-    recorded = [{"identity": {"steering_weights": found}} for found in (None, identify(steered / "steering"))]
-    (tmp_path / "results.json").write_text(json.dumps({"contenders": recorded}))
+    found = {"plain": None, "steered": identify(steered / "steering")}
+    recorded = [{"name": n, "steered": bool(w), "identity": {"steering_weights": w}} for n, w in found.items()]
+    (tmp_path / "results.json").write_text(json.dumps({"settings": {}, "contenders": recorded}))
     monkeypatch.setattr(hub.report, "table", lambda _: "the table")
     assert hub._measured(tmp_path, steered) == "the table"
     weights = steered / "steering/model.safetensors"

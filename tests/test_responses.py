@@ -42,7 +42,7 @@ ENGINE = {
     "block_size": 32,
     "max_num_batched_tokens": 200,  # prompts compete for them, and would be cut in chunks
 }
-SETTINGS = {"samples": 2, "max_tokens": 24, "seed": 3, "max_model_len": 200}
+SETTINGS = {"samples": 2, "max_tokens": 24, "seed": 3, "max_model_len": 200, "sampling": "neutral"}
 
 
 class Jobs:

@@ -184,9 +184,8 @@ def _pickled(path: Path, advance: Advance) -> list[Entry] | None:
     """Tensors of a PyTorch state dict, which is opened with `weights_only=True`; None if it is anything else."""
     import torch
 
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        state = torch.load(path, mmap=_is_zip(path), **options)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         return [_pickled_entry(name, tensor, advance) for name, tensor in state.items()]
     except (OSError, MemoryError):
         raise
