@@ -30,7 +30,7 @@ MOVED = {
     **{"serving.watch": "serving.telemetry.watchdog", "serving.kernel": "serving.kernels"},
     **{"serving.survey": "serving.introspection"},
 }
-NAMES = {  # that have left the module which took over an old name
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {  # that have left the module which took over an old name
     "config": {"drafters.models": ("text_config", "read_model_config"),
                "common.errors": ("require_at_least", "require_one_of")},
     "pair": {"drafters.tokenizer": ("load_tokenizer",), "drafters.models": ("load_model", "load_models"),
