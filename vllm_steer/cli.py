@@ -171,14 +171,14 @@ def _check(args: argparse.Namespace) -> None:
     directory = checkpoint.resolve(args.directory)
     config = checkpoint.load(directory).config
     whole = (directory / "config.json").is_file()
-    if whole:
-        require_loadable(directory)
     drafter = args.drafter or (directory if whole else None)
     check_pair(
         config,
         read_model_config(args.target) if args.target else None,
         read_model_config(drafter) if drafter else None,
     )
+    if whole:
+        require_loadable(directory)  # last: it reads every weight
     print(describe(config, adapter=not whole))
     print(f"target     {'fits ' + args.target if args.target else 'not checked: give --target'}")
     print(f"drafter    {f'fits {drafter}' if drafter else 'not checked: give --drafter'}")
