@@ -110,7 +110,7 @@ def main() -> None:
     rows = []
     for variant in args.variants:
         rows.append(run(variant, base, args.test))
-        efficiency = rows[-1]["block_efficiency"]
+        efficiency = rows[-1]["acceptance_length"]
         print(f"{variant:40} T=1 {efficiency['sampled']:.3f}, greedy {efficiency['greedy']:.3f}", flush=True)
         if args.json:
             write_report(args.json, steps=args.steps, rows=rows)

@@ -1,4 +1,4 @@
-"""Is the predicted number of tokens per block what vLLM then measures? One table, from a finished `vllm-steer bench`.
+"""Is the predicted number of acceptance length what vLLM then measures? One table, from a finished `vllm-steer bench`.
 
 The prediction (vllm_steer/training/acceptance.py: `measure`) reads responses of the target to the bench's prompts, one
 file greedy and one sampled at temperature 1; the measurement speculated through the same prompts.
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from record import write_report
 
+from vllm_steer.bench import summary
 from vllm_steer.training.acceptance import measure_directory
 
 
@@ -32,8 +33,8 @@ def main() -> None:
     bench = json.loads((args.bench / "results.json").read_text(encoding="utf-8"))
     settings = bench["settings"]
     measured = {
-        (run["temperature"], row["name"]): (row["tokens_per_block"], row["interval_95"])
-        for run in bench["summary"]
+        (run["temperature"], row["name"]): (row["acceptance_length"], row["interval_95"])
+        for run in summary.with_new_names(bench)["summary"]
         for row in run["rows"]
     }
     rows = []
@@ -46,7 +47,7 @@ def main() -> None:
             found = measure_directory(
                 settings["target"], where["drafter"], where["adapter"] or where["drafter"], data, settings["k"]
             )
-            predicted, (actual, (low, high)) = found["block_efficiency"][kind], measured[temperature, name]
+            predicted, (actual, (low, high)) = found["acceptance_length"][kind], measured[temperature, name]
             rows.append({"drafter": name, "temperature": temperature, "predicted": predicted, "measured": actual,
                          "measured_interval_95": [low, high], "positions": found["positions"]})  # fmt: skip
             print(f"| {name} | {temperature:g} | {predicted:.3f} | {actual:.3f} [{low:.3f}, {high:.3f}] | "

@@ -212,7 +212,7 @@ def main() -> int:
     figures = {
         "requests": tally.done, "whole": tally.whole, "left": tally.left, "wrong": len(tally.wrong),
         "errors": len(tally.errors), "seconds": round(seconds), "preemptions": last["preempted"],
-        "tokens_per_block": round(1 + counters["accepted"] / counters["drafts"], 3), "held_at_the_end": held,
+        "acceptance_length": round(1 + counters["accepted"] / counters["drafts"], 3), "held_at_the_end": held,
         "memory_mib": [watched[0]["memory_mib"], last["memory_mib"]], "growth_mib_per_1000_requests": round(grown, 2),
     }  # fmt: skip
     print(json.dumps(figures, indent=2))

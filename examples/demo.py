@@ -65,7 +65,7 @@ class Row:
     tokens: int = 0
     seconds: float = 0.0
     start_seconds: float = 0.0
-    block_efficiency: float = 1.0  # tokens per target forward
+    acceptance_length: float = 1.0  # tokens per target forward
     acceptance: list[float] = field(default_factory=list)  # by draft position
     drafts: int = 0
     proof: str | None = None
@@ -158,7 +158,7 @@ def measure(server: Server, name: str, pair: Pair, args: argparse.Namespace) -> 
     after = server.counters()
     row.drafts = after["drafts"] - before["drafts"]
     if row.drafts:
-        row.block_efficiency = 1 + (after["accepted"] - before["accepted"]) / row.drafts
+        row.acceptance_length = 1 + (after["accepted"] - before["accepted"]) / row.drafts
         earlier = before["per_position"] or [0] * len(after["per_position"])
         row.acceptance = [(b - a) / row.drafts for a, b in zip(earlier, after["per_position"], strict=True)]
     print(f"\r  {len(row.texts)} answers, {row.tokens} tokens, {row.tokens / row.seconds:.1f} tokens/s")
@@ -201,11 +201,11 @@ def run(name: str, pair: Pair, args: argparse.Namespace, logs: Path) -> Row:
 
 def report(rows: list[Row], k: int) -> None:
     """Print the table."""
-    print(f"\n{'':16} {'tokens per':>10}   {'accepted at draft position':<{6 * k}} {'tokens':>7}")
-    print(f"{'':16} {'block':>10}   {''.join(f'{i:<6}' for i in range(1, k + 1))} {'per s':>7}")
+    print(f"\n{'':16} {'acceptance':>10}   {'acceptance rate at draft position':<{6 * k}} {'tokens':>7}")
+    print(f"{'':16} {'length':>10}   {''.join(f'{i:<6}' for i in range(1, k + 1))} {'per s':>7}")
     for row in rows:
         accepted = "".join(f"{share:<6.2f}" for share in row.acceptance) or "-"
-        print(f"{row.name:16} {row.block_efficiency:>10.2f}   {accepted:<{6 * k}} {row.tokens / row.seconds:>7.1f}")
+        print(f"{row.name:16} {row.acceptance_length:>10.2f}   {accepted:<{6 * k}} {row.tokens / row.seconds:>7.1f}")
 
 
 def verdict(rows: list[Row], greedy: bool) -> list[str]:

@@ -207,7 +207,7 @@ def test_training_from_a_cache_is_training(folder: Path, tmp_path: Path, layers:
     cached = trainer.train(options(folder, tmp_path / "cached", **run, cache=str(tmp_path / "cache")))
     assert (tmp_path / "cache" / "trunk.bin").exists() == (layers == (1,))
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["rows"] == 24
-    for name in ("overlap", "greedy"):  # bfloat16 states
+    for name in ("overlap", "agreement"):  # bfloat16 states
         assert cached["trained"][name] == pytest.approx(plain["trained"][name], abs=0.02)
     assert plain["trained"]["overlap"] != plain["untrained"]["overlap"]
     monkeypatch.setattr(batches, "read_target", lambda *_: pytest.fail("the target ran again"))

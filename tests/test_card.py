@@ -25,8 +25,8 @@ def steered(tmp_path: Path) -> Path:
 
 def bench_of(directory: Path, path: Path) -> Path:
     """The results.json of a benchmark with one drafter, as `vllm-steer bench` writes it."""
-    row = {"name": "steered", "prompts": 2, "blocks": 9, "tokens_per_block": 2.5, "interval_95": [2.25, 2.75]}
-    row |= {"accepted_at": [0.75, 0.5], "tokens_per_second": 10.0, "drafting_share": 0.25}
+    row = {"name": "steered", "prompts": 2, "blocks": 9, "acceptance_length": 2.5, "interval_95": [2.25, 2.75]}
+    row |= {"acceptance_rates": [0.75, 0.5], "tokens_per_second": 10.0, "drafting_share": 0.25}
     identity = {"drafter": "x", "adapter": None, "steering_weights": fingerprint(directory / "steering")}
     environment = {"vllm": "0.32.0", "torch": "2.13.0", "runner": "V1", "dtype": "float32", "eager": True}
     contender = {"name": "steered", "identity": identity, "steered": True, "peak_memory": [{"resident": 2**30}]}
@@ -44,7 +44,7 @@ def test_a_card_says_what_is_on_record(steered: Path) -> None:
     text = hub.card(steered, "me/steered")
     config = json.loads((steered / "steering/config.json").read_text())
     assert 'vllm serve target --speculative-config \'{"model": "me/steered", "num_speculative_tokens": 5}\'' in text
-    assert str(config["acceptance"]["trained"]["block_efficiency"]["sampled"]) in text
+    assert str(config["acceptance"]["trained"]["block_efficiency"]["sampled"]) in text  # as 0.1.0 wrote it
     assert "Not measured in vLLM" in text and "not a measurement of serving" in text
     assert config["provenance"]["command"] in json.loads(text.split("```json\n")[1].split("```")[0])["command"]
 

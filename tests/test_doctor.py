@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 PAIR = ROOT / "examples" / "tiny_pair"
 TARGET, STEERED, ADAPTER, DRAFTER = (str(PAIR / name) for name in ("target", "steered", "adapter", "drafter"))
 CONFIG = SteeringConfig.read(PAIR / "steered" / "steering" / "config.json")
-RECORDED = 1.207  # accepted tokens per block of the steered tiny pair, greedy: block efficiency - 1
+RECORDED = 1.207  # accepted tokens per block of the steered tiny pair, greedy: acceptance length - 1
 
 
 def examined(**given: Any) -> dict[str, Finding]:
@@ -423,7 +423,7 @@ def test_is_it_steering() -> None:
 def test_acceptance_against_the_record() -> None:
     for accepted, status in ((115, OK), (61, OK), (60, WARNING), (1, WARNING), (0, FAIL)):
         found = live(metrics(accepted=accepted))["acceptance"]
-        assert found.status == status and f"{1 + accepted / 100:.3f} tokens per block over 100 blocks" in found.seen
+        assert found.status == status and f"acceptance length {1 + accepted / 100:.3f} over 100 blocks" in found.seen
         assert f"{1 + RECORDED:.3f} recorded" in found.seen and bool(found.remedy) == (status != OK)
     few = live(metrics(blocks=49, accepted=0))["acceptance"]
     assert few.status == SKIPPED and "49 blocks so far, too few to tell (at least 50)" in few.seen
@@ -435,7 +435,7 @@ def test_acceptance_against_the_record() -> None:
 def test_acceptance_by_the_plugins_own_count() -> None:
     """vLLM's counters include drafts nobody made; the record may be the server's alone."""
     found = live(metrics(accepted=40, steering=True, accepted_tokens_total=80))["acceptance"]
-    assert found.status == OK and "1.800 tokens per block" in found.seen
+    assert found.status == OK and "acceptance length 1.800" in found.seen
     text = metrics(accepted=40, steering=True)
     for sampling, value in (("sampled", 1.5), ("greedy", RECORDED)):
         text += f'vllm_steer:recorded_accepted_tokens{{engine="0",model_name="target",sampling="{sampling}"}} {value}\n'

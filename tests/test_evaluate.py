@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from engines import ENV, runner_env
 
 from vllm_steer import cli
-from vllm_steer.bench import block_counting, remote
+from vllm_steer.bench import block_counting, remote, report, summary
 from vllm_steer.bench import run as evaluate
 from vllm_steer.bench.block_counting import Answer, count
 from vllm_steer.bench.candidate import Contender
@@ -45,7 +46,7 @@ def counted(steps: list[int], accepted: list[int], max_tokens: int = 100, stoppe
 def test_the_first_token_is_no_block() -> None:
     answer = counted([1, 3, 1, 4], [2, 0, 3])
     assert answer.blocks == (3, 1, 4)
-    assert block_counting.efficiency([answer]) == 8 / 3
+    assert block_counting.acceptance_length([answer]) == 8 / 3
     assert block_counting.per_position([answer], K) == [2 / 3, 2 / 3, 1 / 3]
 
 
@@ -73,7 +74,7 @@ def test_no_truncation_bias() -> None:
         naive[0] += cut[-1] - 1
         naive[1] += int((np.diff(cut) > 0).sum())
     true = 1 + 0.8 + 0.64 + 0.512
-    assert block_counting.efficiency(ours) == pytest.approx(true, abs=0.03)
+    assert block_counting.acceptance_length(ours) == pytest.approx(true, abs=0.03)
     assert naive[0] / naive[1] < true - 0.2
     assert block_counting.per_position(ours, K) == pytest.approx([0.8, 0.64, 0.512], abs=0.01)
 
@@ -82,7 +83,7 @@ def test_a_stop_inside_a_block() -> None:
     # The second draft was the stop token: vLLM accepted all three, two were delivered, the third is no rejection.
     on_draft = counted([1, 4, 2], [3, 3], stopped=True)
     assert on_draft == Answer("p", None, (4, 2), stopped_on_draft=True)
-    assert block_counting.efficiency([on_draft]) == 3
+    assert block_counting.acceptance_length([on_draft]) == 3
     assert block_counting.per_position([on_draft], K) == [1, 1, 1]
     # The target put the stop token in the place of the second draft: that one was rejected, and so the third.
     by_target = counted([1, 4, 2], [3, 1], stopped=True)
@@ -98,10 +99,10 @@ def test_a_stop_inside_a_block() -> None:
 
 def test_a_sequence_without_a_block_counts_as_none() -> None:
     empty = counted([1], [], stopped=True)
-    assert empty.blocks == () and block_counting.efficiency([empty]) is None
+    assert empty.blocks == () and block_counting.acceptance_length([empty]) is None
     assert block_counting.per_position([empty], K) == [None] * K
     other = counted([1, 2, 1], [1, 0])
-    assert block_counting.efficiency([empty, other]) == block_counting.efficiency([other]) == 1.5
+    assert block_counting.acceptance_length([empty, other]) == block_counting.acceptance_length([other]) == 1.5
 
 
 def test_without_speculation_every_step_is_one_token() -> None:
@@ -137,7 +138,7 @@ def test_record_and_back() -> None:
 def test_two_prompts_by_hand() -> None:
     """6 tokens in 2 blocks and 2 in 2: a sample of two prompts gives 3, 2 or 1, the ends a quarter of the time each."""
     rows, pairs = block_counting.summarise({"a": [Answer("1", None, (3, 3)), Answer("2", None, (1, 1))]}, {"a": K})
-    assert rows[0]["tokens_per_block"] == 2 and rows[0]["interval_95"] == [1, 3] and pairs == []
+    assert rows[0]["acceptance_length"] == 2 and rows[0]["interval_95"] == [1, 3] and pairs == []
 
 
 def test_pairing() -> None:
@@ -417,13 +418,14 @@ def test_results(measured: tuple[Path, str]) -> None:
     greedy, sampled = results["summary"]
     for part in results["summary"]:
         none, plain, steered = part["rows"]
-        assert none["tokens_per_block"] == 1 and none["drafting_share"] is None
+        assert none["acceptance_length"] == 1 and none["drafting_share"] is None
         for row in (plain, steered):
             answers = answers_of(output, row["name"], results["summary"].index(part))
-            assert row["tokens_per_block"] == block_counting.efficiency(answers) > 1
-            assert row["interval_95"][0] < row["tokens_per_block"] < row["interval_95"][1]
+            assert row["acceptance_length"] == block_counting.acceptance_length(answers) > 1
+            assert row["interval_95"][0] < row["acceptance_length"] < row["interval_95"][1]
             assert 0 < row["drafting_share"] < 1 and row["tokens_per_second"] > 0
-            assert len(row["accepted_at"]) == DRAFTS and row["accepted_at"] == sorted(row["accepted_at"], reverse=True)
+            rates = row["acceptance_rates"]
+            assert len(rates) == DRAFTS and rates == sorted(rates, reverse=True)
         assert [(p["name"], p["minus"]) for p in part["pairs"]] == [("steered", "plain")]
         assert list(part["categories"]) == ["odd", "even"]
         assert sum(c["rows"][1]["blocks"] for c in part["categories"].values()) == plain["blocks"]
@@ -446,7 +448,7 @@ def test_tables_and_plots(measured: tuple[Path, str]) -> None:
         "| odd | 4 |",
     ):
         assert words in text
-    for name in ("block_efficiency.png", "acceptance.png"):
+    for name in ("acceptance_length.png", "acceptance_rate.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert not list(output.glob(".*"))
 
@@ -580,6 +582,15 @@ def test_a_running_server(prompts: Path, tmp_path: Path, capsys: pytest.CaptureF
     row = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["summary"][0]["rows"][0]
     assert row["name"] == "tiny" and row["prompts"] == PROMPTS, "the endless prompt is refused by the server"
     assert row["blocks"] == counters["drafts"] and row["interval_95"] is None
-    assert row["tokens_per_block"] == 1 + counters["accepted"] / counters["drafts"]
+    assert row["acceptance_length"] == 1 + counters["accepted"] / counters["drafts"]
     assert "drafts that nobody made" in capsys.readouterr().out
     assert "drafts that nobody made" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+def test_results_of_0_1_0_are_read() -> None:
+    """The rows of their summary have other keys; the numbers of their own table come out."""
+    directory = ROOT / "benchmarks/results/tiny_v1"
+    results = json.loads((directory / "results.json").read_text())
+    assert "tokens_per_block" in results["summary"][0]["rows"][0]
+    numbers = re.findall(r"\d+\.\d{3}", report.table(summary.with_new_names(results)))
+    assert numbers and numbers == re.findall(r"\d+\.\d{3}", (directory / "table.md").read_text())

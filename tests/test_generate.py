@@ -266,7 +266,7 @@ def test_positions_and_drafts_fit_together(llama: tuple) -> None:
         position += block.kept
 
 
-def test_block_efficiency() -> None:
+def test_acceptance_length() -> None:
     full, short = Block(5, (1, 2, 3), 3, 4), Block(9, (1, 2, 3), 0, 1)
     assert acceptance_length([full, short]) == 2.5
     assert acceptance_length([full, short, Block(10, (1, 2, 3), 2, 1, "length")]) == 8 / 3  # counts in full

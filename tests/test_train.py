@@ -272,7 +272,7 @@ def test_training_accepts_more_and_records_how(folder: Path, tmp_path: Path) -> 
     acceptance = trainer.train(options(folder, tmp_path / "out", steps=40))
     trained, untrained = acceptance["trained"], acceptance["untrained"]
     assert min(trained["overlap"]) > max(untrained["overlap"]) + 0.02
-    assert len(trained["greedy"]) == 3 and trained["positions"] == 14
+    assert len(trained["agreement"]) == 3 and trained["positions"] == 14
     record = checkpoint.load(tmp_path / "out").config
     assert record.draft_length == 3 and record.provenance["data_sha256"]
     assert "--steps 40" in record.provenance["command"] and "--mode joint" in record.provenance["command"]
@@ -335,7 +335,7 @@ def test_a_prediction_on_the_targets_own_greedy_text_is_what_the_reference_loop_
         blocks, tokens = blocks + len(whole), tokens + sum(b.accepted + 1 for b in whole)
     (tmp_path / "own.jsonl").write_text("".join(lines))
     predicted = measure_directory(PAIR / "target", PAIR / "drafter", PAIR / "drafter", tmp_path / "own.jsonl", 5)
-    assert blocks > 40 and predicted["block_efficiency"]["greedy"] == round(tokens / blocks, 3)
+    assert blocks > 40 and predicted["acceptance_length"]["greedy"] == round(tokens / blocks, 3)
 
 
 def test_responses_shorter_than_a_block_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -441,11 +441,11 @@ def test_accumulated_and_checkpointed_steps_are_ordinary_steps(folder: Path, tmp
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, keep: str, monkeypatch) -> None:
     """Evaluations that say step 2 of 4 was best."""
-    efficiency = iter([1.0, 3.0, 2.0, 2.0, 2.0])
+    lengths = iter([1.0, 3.0, 2.0, 2.0, 2.0])
 
     def judged(*_: object) -> dict:
-        value = next(efficiency)
-        return {"overlap": [value], "greedy": [value], "block_efficiency": {"sampled": value, "greedy": value}}
+        value = next(lengths)
+        return {"overlap": [value], "agreement": [value], "acceptance_length": {"sampled": value, "greedy": value}}
 
     seen, saved = {}, writing.write
     monkeypatch.setattr(trainer, "_judge", judged)

@@ -45,9 +45,9 @@ EXPECTED = [[0.0, 0.6, 1.0, 1.2, 1.3], [0.0, 0.7, 1.2, 1.5, 1.6]]
 
 def test_recorded_acceptance_of_the_tiny_pair() -> None:
     acceptance = checkpoint.load(PAIR / "steered").config.acceptance
-    efficiency = acceptance["trained"]["block_efficiency"]
+    lengths = acceptance["trained"]["acceptance_length"]
     found = watchdog.recorded(acceptance, 5)
-    assert {name: 1 + values[5] for name, values in found.items()} == pytest.approx(efficiency, abs=1e-3)
+    assert {name: 1 + values[5] for name, values in found.items()} == pytest.approx(lengths, abs=1e-3)
     assert found["greedy"][:3] == pytest.approx([0, 0.5625, 0.5625 + 0.5625 * 0.5612])
     longer = watchdog.recorded(acceptance, 6)
     assert longer["greedy"][:6] == found["greedy"] and len(longer["greedy"]) == 7
@@ -130,7 +130,7 @@ class Engine(types.SimpleNamespace):
     """A part of model.Injection."""
 
 
-ACCEPTANCE = {"trained": {"greedy": [0.5] * K, "overlap": [0.25] * K}}
+ACCEPTANCE = {"trained": {"agreement": [0.5] * K, "overlap": [0.25] * K}}
 
 
 def gauges(name: str, engine_index: int = 0, steered: bool = True, **parallel: Any) -> Any:

@@ -107,7 +107,7 @@ def check(id: str, steps: Sequence[int], accepted: Sequence[int], drafted: Seque
         )
 
 
-def efficiency(answers: Sequence[Answer]) -> float | None:
+def acceptance_length(answers: Sequence[Answer]) -> float | None:
     """Tokens per block, the target's own included: ratio of sums. None when there is no block."""
     blocks = sum(len(answer.blocks) for answer in answers)
     return sum(sum(answer.blocks) for answer in answers) / blocks if blocks else None
@@ -161,15 +161,15 @@ def summarise(
     pairs: list[dict[str, Any]] = []
     for name, answers in measured.items():
         draws[name] = ratios = _ratios(weights, answers)
-        values[name] = efficiency(answers)
+        values[name] = acceptance_length(answers)
         rows.append(
             {
                 "name": name,
                 "prompts": len(answers),
                 "blocks": sum(len(answer.blocks) for answer in answers),
-                "tokens_per_block": values[name],
+                "acceptance_length": values[name],
                 "interval_95": None if ratios is None else interval(ratios),
-                "accepted_at": per_position(answers, k[name]),
+                "acceptance_rates": per_position(answers, k[name]),
             }
         )
     known = {name: value for name, value in values.items() if k[name] and value is not None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,7 +49,7 @@ def measure(
     `template` has variables for the server's chat template. With `sampling` "served" the server applies what it takes
     from the model's generation_config; "neutral" overrides that.
 
-    Returns the served model (the first one when `model` is None) and parts like those of evaluate.summarise. Raises
+    Returns the served model (the first one when `model` is None) and parts like those of summary.summarise. Raises
     SteeringError when the server does not answer, does not speculate, or refuses every prompt.
     """
     from openai import OpenAI
@@ -64,34 +65,44 @@ def measure(
     return model, [_measure(client, url, prompts, batch, seed, asked | {"temperature": t}) for t in temperatures]
 
 
-def counters(url: str) -> dict[str, Any]:
-    """Speculation so far: {"drafts", "drafted", "accepted": int, "per_position": [int, ...]}, of all engines together.
+def metrics(url: str) -> Iterator[Any]:
+    """What a server publishes at /metrics: prometheus_client's samples, with `name`, `labels` and `value`.
 
-    Raises SteeringError when nobody answers, or the answer has no such counters.
+    Sends the key in OPENAI_API_KEY, if one is set. Raises SteeringError when nobody answers.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
+    key = os.environ.get(KEY)
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(request, timeout=30) as answer:
             text = answer.read().decode()
     except (OSError, ValueError) as error:
         raise SteeringError(
             f"cannot read {url}/metrics ({error}): give the address of a running vLLM server, e.g. http://localhost:8000"
         ) from None
+    for family in text_string_to_metric_families(text):
+        yield from family.samples
+
+
+def counters(url: str) -> dict[str, Any]:
+    """Speculation so far: {"drafts", "drafted", "accepted": int, "per_position": [int, ...]}, of all engines together.
+
+    Raises SteeringError when nobody answers, or the answer has no such counters.
+    """
     found: dict[str, Any] = {}
     places: dict[int, int] = {}
-    for family in text_string_to_metric_families(text):
-        values = [sample for sample in family.samples if sample.name == f"{family.name}_total"]
-        for key, name in COUNTERS.items():
-            if family.name == name:
-                found[key] = sum(int(sample.value) for sample in values)
-        if family.name == PER_POSITION:
-            for sample in values:
-                place = int(sample.labels["position"])
-                places[place] = places.get(place, 0) + int(sample.value)
-    if missing := [name for key, name in COUNTERS.items() if key not in found]:
+    keys = {f"{name}_total": key for key, name in COUNTERS.items()}
+    for sample in metrics(url):
+        if sample.name in keys:
+            key = keys[sample.name]
+            found[key] = found.get(key, 0) + int(sample.value)
+        elif sample.name == f"{PER_POSITION}_total":
+            place = int(sample.labels["position"])
+            places[place] = places.get(place, 0) + int(sample.value)
+    if missing := [name for name, key in keys.items() if key not in found]:
         raise SteeringError(
-            f"{url}/metrics has no {missing[0]}_total: the server does not speculate, or is not vLLM; start it with "
+            f"{url}/metrics has no {missing[0]}: the server does not speculate, or is not vLLM; start it with "
             "--speculative-config, and without --disable-log-stats"
         )
     return found | {"per_position": [places[i] for i in sorted(places)]}
@@ -141,9 +152,9 @@ def _measure(
         "name": asked["model"],
         "prompts": len(prompts) - len(refused),
         "blocks": drafts,
-        "tokens_per_block": 1 + accepted / drafts if drafts else None,
+        "acceptance_length": 1 + accepted / drafts if drafts else None,
         "interval_95": None,
-        "accepted_at": [n / drafts if drafts else None for n in at],
+        "acceptance_rates": [n / drafts if drafts else None for n in at],
         "tokens_per_second": tokens / seconds,
     }
     common = {"temperature": asked["temperature"], "pairs": [], "categories": {}}

@@ -8,9 +8,9 @@ from typing import Any
 
 GIB = 2**30
 HOW_TO_READ = """\
-Tokens per block counts the target's own token; brackets are 95 % bootstrap intervals over prompts, the same resampled
-prompts for every row. Tokens per second are of one pass, after the prefill (no interval: repeat on a quiet machine).
-Drafting is the share of that time spent in the drafter, in a pass of its own.
+Acceptance length is tokens per block, the target's own token included; brackets are 95 % bootstrap intervals over
+prompts, the same resampled prompts for every row. Tokens per second are of one pass, after the prefill (no interval:
+repeat on a quiet machine). Drafting is the share of that time spent in the drafter, in a pass of its own.
 """
 
 
@@ -28,35 +28,35 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plots(results: dict[str, Any], directory: Path) -> None:
-    """Write block_efficiency.png and acceptance.png."""
+    """Write acceptance_length.png and acceptance_rate.png."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     parts = results["summary"]
     figure = Figure(figsize=(1.5 + 1.2 * len(parts[0]["rows"]), 3.6), layout="constrained")
-    axes = figure.add_subplot(ylabel="tokens per block")
+    axes = figure.add_subplot(ylabel="acceptance length (tokens per block)")
     width = 0.8 / len(parts)
     for i, part in enumerate(parts):
-        rows = [row for row in part["rows"] if row["tokens_per_block"] is not None]
-        heights = [row["tokens_per_block"] for row in rows]
-        ends = [row["interval_95"] or [row["tokens_per_block"]] * 2 for row in rows]
+        rows = [row for row in part["rows"] if row["acceptance_length"] is not None]
+        heights = [row["acceptance_length"] for row in rows]
+        ends = [row["interval_95"] or [row["acceptance_length"]] * 2 for row in rows]
         error = [[h - low for h, (low, _) in zip(heights, ends)], [high - h for h, (_, high) in zip(heights, ends)]]  # noqa: B905
         places = [j + (i - (len(parts) - 1) / 2) * width for j in range(len(rows))]
         axes.bar(places, heights, width, yerr=error, capsize=3, label=f"T={part['temperature']:g}")
         axes.set_xticks(range(len(rows)), [row["name"] for row in rows])
     axes.legend(loc="upper left")
-    figure.savefig(directory / "block_efficiency.png", dpi=150)
+    figure.savefig(directory / "acceptance_length.png", dpi=150)
 
     figure = Figure(figsize=(4.2 * len(parts), 3.6), layout="constrained")
     for i, part in enumerate(parts, start=1):
         axes = figure.add_subplot(1, len(parts), i, title=f"T={part['temperature']:g}", ylim=(0, 1))
         axes.set_xlabel("draft position")
-        axes.set_ylabel("share of blocks that accept it")
+        axes.set_ylabel("acceptance rate (share of blocks)")
         for row in part["rows"]:
-            if row["accepted_at"]:
-                shares = [float("nan") if x is None else x for x in row["accepted_at"]]
+            if row["acceptance_rates"]:
+                shares = [float("nan") if x is None else x for x in row["acceptance_rates"]]
                 axes.plot(range(1, len(shares) + 1), shares, marker="o", label=row["name"])
         axes.legend()
-    figure.savefig(directory / "acceptance.png", dpi=150)
+    figure.savefig(directory / "acceptance_rate.png", dpi=150)
 
 
 def _title(settings: dict[str, Any]) -> str:
@@ -111,9 +111,9 @@ def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[
     """One line per contender; columns that nobody fills are left out."""
     known = {c["name"]: c for c in contenders}
     slow = next((row.get("tokens_per_second") for row in rows if row["name"] == "none"), None)
-    k = max(len(row["accepted_at"]) for row in rows)
-    columns = ["", "tokens per block", f"accepted at {' '.join(map(str, range(1, k + 1)))}", "tokens/s", "drafting"]
-    columns += ["steering", "peak memory", "answers unlike `none`'s"]
+    k = max(len(row["acceptance_rates"]) for row in rows)
+    columns = ["", "acceptance length", f"acceptance rate at {' '.join(map(str, range(1, k + 1)))}", "tokens/s"]
+    columns += ["drafting", "steering", "peak memory", "answers unlike `none`'s"]
     lines = []
     for row in rows:
         memory = known.get(row["name"], {}).get("peak_memory")
@@ -121,8 +121,8 @@ def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[
         lines.append(
             [
                 row["name"],
-                _number(row["tokens_per_block"], row["interval_95"]) if row["accepted_at"] else "1",
-                " ".join(_share(x) for x in row["accepted_at"]),
+                _number(row["acceptance_length"], row["interval_95"]) if row["acceptance_rates"] else "1",
+                " ".join(_share(x) for x in row["acceptance_rates"]),
                 _speed(row.get("tokens_per_second"), slow),
                 "" if row.get("drafting_share") is None else f"{row['drafting_share']:.0%}",
                 _steering(known.get(row["name"], {})),
@@ -143,17 +143,17 @@ def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
         ]
         for pair in pairs
     ]
-    return _markdown(["tokens per block", "difference", "ratio"], lines)
+    return _markdown(["acceptance length", "difference", "ratio"], lines)
 
 
 def _categories(categories: dict[str, Any]) -> list[str]:
-    names = [row["name"] for row in next(iter(categories.values()))["rows"] if row["accepted_at"]]
+    names = [row["name"] for row in next(iter(categories.values()))["rows"] if row["acceptance_rates"]]
     lines = []
     for category, part in categories.items():
         rows = [row for row in part["rows"] if row["name"] in names]
-        cells = [_number(row["tokens_per_block"], row["interval_95"]) for row in rows]
+        cells = [_number(row["acceptance_length"], row["interval_95"]) for row in rows]
         lines.append([category, str(part["rows"][0]["prompts"]), *cells])
-    return _markdown(["tokens per block", "prompts", *names], lines)
+    return _markdown(["acceptance length", "prompts", *names], lines)
 
 
 def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -12,14 +12,12 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.bench import block_counting, conditions, report
-from vllm_steer.bench.block_counting import Answer
+from vllm_steer.bench import block_counting, conditions, report, summary
 from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
 from vllm_steer.common import options, provenance
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
@@ -187,7 +185,7 @@ def _benchmark(config: BenchConfig) -> dict[str, Any]:
             origin = provenance.origin("transformers")
             known[contender.name] = {"name": contender.name, "identity": identity, "origin": origin} | found
         results["contenders"] = list(known.values())
-        results["summary"] = summarise(settings, results["contenders"])
+        results["summary"] = summary.summarise(settings, results["contenders"])
         _write(output, results)
     return results
 
@@ -218,46 +216,6 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
         },
         "summary": parts,
     }
-
-
-def summarise(settings: dict[str, Any], contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per temperature: rows and pairs over all prompts and per category, and each contender's speed."""
-    found = []
-    for place, temperature in enumerate(settings["temperature"]):
-        runs = {c["name"]: c["runs"][place] for c in contenders}
-        answers: dict[str, Sequence[Answer]] = {
-            name: [Answer.from_dict(raw) for raw in run["answers"]] for name, run in runs.items()
-        }
-        k = {name: 0 if name == NONE else settings["k"] for name in runs}
-        rows, pairs = block_counting.summarise(answers, k)
-        for row in rows:
-            row |= _speed(runs[row["name"]])
-            if temperature == 0 and NONE in runs and row["name"] != NONE:
-                row["answers_unlike_none"] = _unlike(runs[row["name"]], runs[NONE])
-        categories = {}
-        for category in block_counting.by_category(next(iter(answers.values()))):
-            part: dict[str, Sequence[Answer]] = {
-                name: block_counting.by_category(all_)[category] for name, all_ in answers.items()
-            }
-            categories[category] = dict(zip(("rows", "pairs"), block_counting.summarise(part, k), strict=True))
-        found.append({"temperature": temperature, "rows": rows, "pairs": pairs, "categories": categories})
-    return found
-
-
-def _speed(run: dict[str, Any]) -> dict[str, Any]:
-    clock = run["clock"]
-    return {
-        "tokens_per_second": clock["decode_tokens"] / clock["decode_seconds"] if clock["decode_seconds"] else None,
-        "tokens_per_second_with_prefill": (clock["decode_tokens"] + clock["prefill_tokens"])
-        / (clock["decode_seconds"] + clock["prefill_seconds"]),
-        "drafting_share": run["drafting_share"],
-    }
-
-
-def _unlike(run: dict[str, Any], none: dict[str, Any]) -> int:
-    """Answers that are not the target's own, token by token."""
-    pairs = zip(run["answers"], none["answers"], strict=True)
-    return sum(a["tokens_sha256"] != b["tokens_sha256"] for a, b in pairs)
 
 
 # --- before anything is measured ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.bench import report
+from vllm_steer.bench import report, summary
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import CONFIG_FILES, TOKENIZER_FILES, difference, fingerprint
@@ -176,11 +176,11 @@ def _acceptance(config: SteeringConfig, tables: list[str]) -> str:
     lines = ["## Acceptance"]
     found = config.acceptance.get("trained")
     if found:
-        before = config.acceptance["untrained"]["block_efficiency"]
-        after = found["block_efficiency"]
+        before = config.acceptance["untrained"]["acceptance_length"]
+        after = found["acceptance_length"]
         lines.append(
             f"Predicted when it was trained, teacher forced on {found['positions']} held-out positions "
-            f"({config.acceptance['data']}), not a measurement of serving: {after['sampled']} tokens per block at "
+            f"({config.acceptance['data']}), not a measurement of serving: acceptance length {after['sampled']} at "
             f"temperature 1 and {after['greedy']} greedy; before training {before['sampled']} and {before['greedy']}."
         )
     lines += tables or ["Not measured in vLLM: there is no `vllm-steer bench` result with this card."]
@@ -210,7 +210,7 @@ def _measured(bench: Path, directory: Path) -> str:
     if "conditions" not in results["settings"]:
         log.warning("%s does not say under which environment variables it was measured, nor with which sampling", bench)
     return (
-        report.table(redact(results))
+        report.table(redact(summary.with_new_names(results)))
         .replace("\n## ", "\n#### ")
         .replace("# Drafters of", "### Measured in vLLM: drafters of", 1)
     )

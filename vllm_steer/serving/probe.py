@@ -97,16 +97,12 @@ def drive(
     answers = [Delivery() for _ in prompts]
     waiting = deque(range(len(prompts)))
     live: set[int] = set()
+    common: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens} | (sampling or {})
+    common["output_kind"] = RequestOutputKind.DELTA
     while waiting or live:
         while waiting and len(live) < batch:
             live.add(i := waiting.popleft())
-            asked = SamplingParams(
-                **sampling or {},
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=seed + i if temperature else None,
-                output_kind=RequestOutputKind.DELTA,
-            )
+            asked = SamplingParams(**common, seed=seed + i if temperature else None)
             engine.add_request(str(i), {"type": "token", "prompt_token_ids": prompts[i]}, asked)
         prefilling = any(not answers[i].steps for i in live)
         before_step(prefilling)

@@ -27,10 +27,10 @@ from vllm_steer.training.pair import Pair, place_sources, read_target, response_
 def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[str, Any]:
     """Predicted acceptance on held-out batches that hold the target's `states` and `final`.
 
-    `overlap` is, per offset, the mean of sum min(p, q), what sampling at temperature 1 accepts; `greedy` is how often
-    both choose the same token. `block_efficiency` (tokens per block, the target's own included) walks blocks over the
-    rows (`walk`). Texts are teacher forced, and every response position is steered from d back rather than from its own
-    block's guide: this predicts serving of texts like these and does not replay it.
+    `overlap` is, per offset, the mean of sum min(p, q), what sampling at temperature 1 accepts; `agreement` is how
+    often both choose the same token. `acceptance_length` (tokens per block, the target's own included) walks blocks
+    over the rows (`walk`). Texts are teacher forced, and every response position is steered from d back rather than
+    from its own block's guide: this predicts serving of texts like these and does not replay it.
 
     Raises SteeringError when no row is long enough for one block.
     """
@@ -53,12 +53,12 @@ def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[st
             tokens[name], blocks[name] = tokens[name] + more[0], blocks[name] + more[1]
     if not blocks.all():
         raise SteeringError(f"no held-out response has {k} tokens, which a block of k={k} takes: give longer ones")
-    overlaps, greedy = ([round(x, 4) for x in row] for row in (sums / count).tolist())
+    overlaps, agreements = ([round(x, 4) for x in row] for row in (sums / count).tolist())
     sampled, greedily = (tokens / blocks).tolist()
     return {
         "overlap": overlaps,
-        "greedy": greedy,
-        "block_efficiency": {"sampled": round(sampled, 3), "greedy": round(greedily, 3)},
+        "agreement": agreements,
+        "acceptance_length": {"sampled": round(sampled, 3), "greedy": round(greedily, 3)},
         "positions": count,
     }
 

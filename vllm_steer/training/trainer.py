@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "train"]  # the first two are the verb's
 
-BEST = "eval_sampled"  # predicted block efficiency at temperature 1, what --keep best goes by
+BEST = "eval_acceptance_length_sampled"  # predicted at temperature 1, what --keep best goes by
 
 
 def run(args: argparse.Namespace) -> None:
@@ -268,15 +268,29 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             found = judge()
-            metrics = {f"eval_{name}": value for name, value in found["block_efficiency"].items()}
-            self.log(metrics | {"eval_overlap": found["overlap"], "eval_agreement": found["greedy"]})
+            metrics = {f"eval_acceptance_length_{name}": value for name, value in found["acceptance_length"].items()}
+            self.log(metrics | {"eval_overlap": found["overlap"], "eval_agreement": found["agreement"]})
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
     if config.gradient_checkpointing:
         pair.drafter.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = PairTrainer(
+        model=pair,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=range(1),  # `evaluate` has its own rows
+        data_collator=source.collate,
+        optimizers=(_optimizer(config, pair), None),
+    )
+    trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of positions of the whole step
+    return trainer
+
+
+def _optimizer(config: TrainConfig, pair: Pair) -> torch.optim.Optimizer:
+    """AdamW over what is trained, the steering and the drafter each at its own learning rate."""
     groups = [(pair.steering, config.lr), (pair.drafter, config.drafter_lr)]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr}
             for module, lr in groups
@@ -284,16 +298,6 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
         ],
         weight_decay=0.0,
     )
-    trainer = PairTrainer(
-        model=pair,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=range(1),  # `evaluate` has its own rows
-        data_collator=source.collate,
-        optimizers=(optimizer, None),
-    )
-    trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of positions of the whole step
-    return trainer
 
 
 def _stop_at(config: TrainConfig, step: int, loss: Tensor, inputs: dict[str, Tensor]) -> None:

@@ -111,6 +111,7 @@ class SteeringConfig:
         for key in ("provenance", "acceptance"):
             if not isinstance(raw.get(key, {}), dict):
                 raise SteeringError(f"{where}: {key} is {raw[key]!r}, allowed is an object")
+        raw["acceptance"] = _with_new_names(raw.get("acceptance", {}))
         try:
             return cls(**raw)
         except SteeringError as error:
@@ -129,6 +130,17 @@ class SteeringConfig:
         except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 4,300 digits
             raise SteeringError(f"{path} is not valid JSON ({error}): copy the file again from its source") from None
         return config
+
+
+NEW_NAMES = {"greedy": "agreement", "block_efficiency": "acceptance_length"}  # in what 0.1.0 recorded
+
+
+def _with_new_names(acceptance: dict[str, Any]) -> dict[str, Any]:
+    """Recorded acceptance, the keys of each measurement ("untrained", "trained", "control") as they are written now."""
+    return {
+        when: {NEW_NAMES.get(key, key): value for key, value in found.items()} if isinstance(found, dict) else found
+        for when, found in acceptance.items()
+    }
 
 
 def default_target_layers(num_hidden_layers: int) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_steer.bench import remote
-from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.serving.kill_switch import KILL_SWITCH
@@ -76,7 +75,7 @@ def acceptance(case: Case) -> Iterable[Finding]:
     if wanted is None and (said := [value for value in ours.get("recorded_accepted_tokens", []) if value > 0]):
         wanted = min(said)  # greedy or sampled
     against = "nothing is recorded" if wanted is None else f"{1 + wanted:.3f} recorded"
-    seen = f"{1 + found:.3f} tokens per block over {blocks:.0f} blocks, {against}"
+    seen = f"acceptance length {1 + found:.3f} over {blocks:.0f} blocks, {against}"
     if found == 0:
         remedy = "the drafter gets no token right: check that target and drafter are the pair that was trained"
         yield Finding("acceptance", FAIL, seen, remedy)
@@ -94,17 +93,10 @@ def recorded_acceptance(config: SteeringConfig, drafts: int) -> float | None:
 
 def _gauges(url: str) -> dict[str, list[float]]:
     """The plugin's gauges by name without prefix: a value for each engine. Raises SteeringError without an answer."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    try:
-        text = _get(f"{url}/metrics")
-    except (OSError, ValueError) as error:
-        raise SteeringError(f"cannot read {url}/metrics ({error}): is it a vLLM server?") from None
     found: dict[str, list[float]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name.startswith(GAUGES):
-                found.setdefault(sample.name.removeprefix(GAUGES), []).append(sample.value)
+    for sample in remote.metrics(url):
+        if sample.name.startswith(GAUGES):
+            found.setdefault(sample.name.removeprefix(GAUGES), []).append(sample.value)
     return found
 
 

@@ -14,7 +14,7 @@ from vllm_steer.serving.telemetry.block_counter import Counts
 ENOUGH, MOST = 200, 5000  # blocks that a verdict needs, and after which it is put off
 SIGMAS = 4  # standard errors between what was measured and the limit
 LOW = 0.5  # of the recorded acceptance
-RECORDED = {"greedy": "greedy", "sampled": "overlap"}  # where training recorded the acceptance of each draft
+RECORDED = {"greedy": "agreement", "sampled": "overlap"}  # where training recorded the acceptance of each draft
 REMEDY = (
     "The output is right all the same, but slower than it should be. Compare with the drafter unsteered "
     "(STEER_DISABLE=1, or scale 0), run `vllm-steer doctor CHECKPOINT --target TARGET --url URL`, and check that the "
