@@ -2,7 +2,7 @@
 #
 #   make demo                 serve the tiny pair unspeculated, plain and steered, and compare
 #   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
-#   make test                 the test suite            (one file: make test ARGS=tests/test_config.py)
+#   make test                 the test suite            (one file: make test ARGS=tests/unit/drafters/test_config.py)
 #   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
 #   make lint, make docs, make package, make clean
 #

@@ -32,7 +32,7 @@ from typing import Any
 
 from record import write_report
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("examples", "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("examples", "tests/support")]
 from engines import server_env  # noqa: E402
 from server import Server, serve  # noqa: E402
 
