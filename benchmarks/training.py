@@ -9,6 +9,7 @@ row runs in a process of its own, so that peak memory is its own; with --cache t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import random
@@ -69,7 +70,7 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
 
         trainer.guide_sources = stamped
         trainer.train(config)
-    seconds = sorted(b - a for a, b in zip(stamps[2:], stamps[3:], strict=False))
+    seconds = sorted(b - a for a, b in itertools.pairwise(stamps))
     middle = seconds[len(seconds) // 2]
     with open("/proc/self/status", encoding="ascii") as file:
         peak = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024

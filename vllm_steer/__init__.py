@@ -47,7 +47,7 @@ _PUBLIC = {
     "load_steering": "vllm_steer.drafters.steered.checkpoint",
     "train": "vllm_steer.training.trainer",
 }
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604  # names, every one a string
+__all__ = ["__version__", *_PUBLIC]  # names, every one a string
 
 
 def __getattr__(name: str) -> Any:

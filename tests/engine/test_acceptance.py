@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -21,7 +22,7 @@ def efficiency(result: dict[str, Any], prompts: list[list[int]]) -> float:
     moved = [
         after - before
         for prompt, blocks in zip(prompts, result["blocks"], strict=True)
-        for (before, _), (after, _) in zip(blocks, blocks[1:], strict=False)
+        for (before, _), (after, _) in itertools.pairwise(blocks)
         if before >= len(prompt)
     ]
     assert moved, "no blocks"

@@ -18,9 +18,9 @@ from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "docker"))
 
-import build_cpu  # noqa: E402
-import smoke  # noqa: E402
-from server import COMMON_ENV, CPU_ENV, free_port  # noqa: E402
+import build_cpu
+import smoke
+from server import COMMON_ENV, CPU_ENV, free_port
 
 DOCKER = ROOT / "docker"
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")

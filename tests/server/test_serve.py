@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from repository import ROOT
-from server import ServerError, serve  # noqa: E402
+from server import ServerError, serve
 
 PAIR = ROOT / "examples" / "tiny_pair"
 K, MAX_TOKENS = 5, 48

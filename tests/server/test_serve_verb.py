@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
@@ -27,7 +28,7 @@ SPEC = {"model": STEERED, "num_speculative_tokens": 5, "draft_sample_method": "p
 
 def json_options(words: list[str]) -> dict[str, Any]:
     """The two JSON options among a command's words."""
-    return {w: json.loads(v) for w, v in zip(words, words[1:], strict=False) if w in launch.JSON_OPTIONS}
+    return {w: json.loads(v) for w, v in itertools.pairwise(words) if w in launch.JSON_OPTIONS}
 
 
 def test_a_checkpoint_needs_nothing_else() -> None:

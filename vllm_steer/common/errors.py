@@ -23,5 +23,6 @@ def require_one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def require_positive_int(name: str, value: Any) -> None:
+    """Raise SteeringError unless `value` is a whole number from 1 up."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SteeringError(f"{name} is {value!r}, allowed is a whole number from 1 up")

@@ -59,7 +59,7 @@ def _locked(lock: Path, what: str, wait: bool) -> IO[str]:
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a")
+            file = open(lock, "a")  # noqa: SIM115  (open as long as the lock is held)
         except OSError as error:
             raise SteeringError(f"{what} cannot be written ({error}): give a directory that can be") from None
         try:

@@ -98,7 +98,7 @@ def _memory_of(path: Path) -> Iterator[Path | None]:
     try:
         place = memory() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(place.with_suffix(".lock"), "w")
+        lock = open(place.with_suffix(".lock"), "w")  # noqa: SIM115  (open as long as it is held)
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home directory
         log.warning("hashes of %s are not remembered (%s): set VLLM_STEER_CACHE to a writable directory", path, error)
         yield None

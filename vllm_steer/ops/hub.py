@@ -142,10 +142,13 @@ def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name
 
 
 def _header(config: SteeringConfig, license_name: str | None) -> str:
-    lines = ["library_name: vllm", "tags: [speculative-decoding, steered-drafter, vllm-steer]"]
-    lines += [f"base_model: {config.drafter.name}"] if "/" in config.drafter.name else []
-    lines += [f"license: {license_name}"] if license_name else []
-    return "\n".join(["---", *lines, "---"])
+    """The card's metadata; what the hub's own client writes is YAML whatever a licence is called."""
+    from huggingface_hub import ModelCardData
+
+    base = config.drafter.name if "/" in config.drafter.name else None
+    tags = ["speculative-decoding", "steered-drafter", "vllm-steer"]
+    data = ModelCardData(base_model=base, library_name="vllm", license=license_name, tags=tags)
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _what(config: SteeringConfig, adapter: bool) -> str:
@@ -239,12 +242,12 @@ def _asked_scale(settings: dict[str, Any]) -> Any:
 
 def _require_drafter(measured: Any, directory: Path, bench: Path) -> None:
     """Raises SteeringError when a whole checkpoint's steering was measured over another drafter than its own."""
-    if (directory / "config.json").is_file() and measured is not None:
-        if what := difference(measured, fingerprint(directory)):
-            raise SteeringError(
-                f"{bench} measured this steering with another drafter than the one in {directory}: {what}; run "
-                "vllm-steer bench with this checkpoint"
-            )
+    whole = (directory / "config.json").is_file()
+    if whole and measured is not None and (what := difference(measured, fingerprint(directory))):
+        raise SteeringError(
+            f"{bench} measured this steering with another drafter than the one in {directory}: {what}; run "
+            "vllm-steer bench with this checkpoint"
+        )
 
 
 def _provenance(config: SteeringConfig) -> str:

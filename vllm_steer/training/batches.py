@@ -145,6 +145,7 @@ class Batches:
         return batch if "final" in batch else batch | read_target(self.target, batch, self.layers)
 
     def held(self, indices: list[int], size: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of at most `size` of these rows, complete with the target's states."""
         for start in range(0, len(indices), size):
             yield self.complete(self._to_device(self.collate(indices[start : start + size])))
 

@@ -157,7 +157,7 @@ class StateCache:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             found, done = raw["made_from"], raw["rows"]
-            if not isinstance(found, dict) or type(done) is not int or not 0 <= done:
+            if not isinstance(found, dict) or type(done) is not int or not done >= 0:
                 raise ValueError("not what was written")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SteeringError(f"{path} is damaged ({error}): {self._remedy}") from None

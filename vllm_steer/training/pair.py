@@ -40,6 +40,7 @@ class Head:
         self.model = model
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [N, vocabulary] of hidden states [N, H] after the final norm."""
         name = self.model.base_model_prefix
         decoder = getattr(self.model, name)
         setattr(self.model, name, _Given(hidden[None].to(self.model.dtype)))

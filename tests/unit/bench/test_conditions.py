@@ -128,7 +128,9 @@ def test_an_honest_benchmark_is_resumed_and_claimed(config: evaluate.BenchConfig
     evaluate.benchmark(config)
     for name in ("results.json", "table.md"):
         text = (Path(config.output) / name).read_text()
-        assert "S3CRET" not in text and str(PAIR) not in text and "Sampling: neutral." in text or name == "results.json"
+        assert (
+            "S3CRET" not in text and str(PAIR) not in text and "Sampling: neutral." in text
+        ) or name == "results.json"
     again(config)
     assert capsys.readouterr().out.count("measured already") == 2
     assert "### Measured in vLLM" in hub.card(PAIR / "steered", "me/x", (config.output,))

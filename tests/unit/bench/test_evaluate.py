@@ -175,7 +175,7 @@ def test_intervals_are_scipys() -> None:
     for data, statistic, ours in (((*a,), ratio, rows[0]["interval_95"]), ((*a, *b), gain, pairs[0]["difference_95"])):
         theirs = bootstrap(data, statistic, n_resamples=10_000, **how).confidence_interval
         assert ours == pytest.approx([theirs.low, theirs.high], abs=0.015)
-        assert 0.05 < ours[1] - ours[0]
+        assert ours[1] - ours[0] > 0.05
 
 
 def test_too_few_to_tell() -> None:
@@ -239,9 +239,7 @@ def test_built_in_prompts_are_those_nobody_trained_on() -> None:
 def heldout(path: Path, number: int) -> Path:
     """Prompts of the tiny pair in two categories, one of them chat messages, and one too long."""
     lines = (PAIR / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:number]
-    rows = [
-        {"prompt": json.loads(line)["prompt"], "category": "odd even".split()[i % 2]} for i, line in enumerate(lines)
-    ]
+    rows = [{"prompt": json.loads(line)["prompt"], "category": ["odd", "even"][i % 2]} for i, line in enumerate(lines)]
     rows[1]["prompt"] = [{"role": "user", "content": rows[1]["prompt"]}]
     rows.append({"id": "endless", "prompt": "x = 1\n" * 2000, "category": "odd"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -466,7 +464,7 @@ def test_resuming_with_nothing_left_and_with_other_settings(
     drafters = (f"plain={PAIR / 'drafter'}", f"steered={PAIR / 'steered'}")
     config = BenchConfig(**same, drafters=drafters, output=str(output), engine=json.dumps(ENGINE), resume=True)
     again = evaluate.benchmark(config)
-    assert again["summary"] == before["summary"] and [c["name"] for c in again["contenders"]][0] == "none"
+    assert again["summary"] == before["summary"] and next(c["name"] for c in again["contenders"]) == "none"
     for key, value in (("seed", 7), ("k", 4), ("temperature", (0.0,))):
         with pytest.raises(SteeringError, match=f"was measured with {key} "):
             evaluate.benchmark(dataclasses.replace(config, **{key: value}))

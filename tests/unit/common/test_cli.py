@@ -66,7 +66,7 @@ def test_usage_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_says_what_it_is(pair: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    target, drafter, steered = pair
+    target, _drafter, steered = pair
     assert cli.main(["check", str(steered), "--target", str(target)]) == 0
     shown = capsys.readouterr().out
     for words in ("steered checkpoint, format 1", "hidden size 128", "layers 2, 3, 4", "rank 4", f"fits {target}",

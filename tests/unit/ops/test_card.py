@@ -33,10 +33,12 @@ def test_a_card_says_what_is_on_record(steered: Path) -> None:
     assert config["provenance"]["command"] in json.loads(text.split("```json\n")[1].split("```")[0])["command"]
 
 
-def test_an_adapter_names_its_drafter(tmp_path: Path) -> None:
-    text = hub.card(PAIR / "adapter", "me/adapter", license_name="apache-2.0")
+@pytest.mark.parametrize("name", ["apache-2.0", "no", "other: see LICENSE", "[x"])
+def test_an_adapter_names_its_drafter(name: str) -> None:
+    text = hub.card(PAIR / "adapter", "me/adapter", license_name=name)
     assert '"model": "drafter"' in text and '{"vllm_steer": {"adapter": "me/adapter"}}' in text
-    assert text.startswith("---\n") and "\nlicense: apache-2.0\n---" in text
+    metadata = huggingface_hub.ModelCard(text).data
+    assert metadata.license == name and metadata.library_name == "vllm" and "vllm-steer" in metadata.tags
 
 
 def test_only_what_was_measured_of_this_checkpoint_is_claimed(steered: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import pytest
 from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "examples/qwen_pair"))
-import assemble  # noqa: E402
-import sources  # noqa: E402
+import assemble
+import sources
 
 PIECES = [f"<piece {number}>".encode() for number in range(1, 13)]  # twelve: part 10 must not sort before part 2
 WHOLE = b"".join(PIECES)

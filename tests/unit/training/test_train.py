@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -221,7 +222,7 @@ def test_distances_of_every_rule(rule: str) -> None:
             distance = (torch.arange(length) - source[row])[prompt:].tolist()
             seen |= set(distance)
             if rule == "block":
-                assert all(b == a % k + 1 for a, b in zip(distance, distance[1:], strict=False))
+                assert all(b == a % k + 1 for a, b in itertools.pairwise(distance))
             else:
                 assert len(set(distance)) == 1
         if rule == "batch":

@@ -34,9 +34,11 @@ class SteeredProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """That of the wrapped layer: some models look at its dtype."""
         return cast(Tensor, self.inner.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The wrapped layer's output plus this layer's delta, where there is one; shapes as the wrapped layer's."""
         y = self.inner(x)
         delta = self._injector[0].delta(self.slot)
         if delta is None:

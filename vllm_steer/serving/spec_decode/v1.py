@@ -34,10 +34,12 @@ class SteeredDraftModelProposer(DraftModelProposer):
         return model
 
     def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
+        """As vLLM's, noting how many drafts of each request were verified."""
         self._verified = spec_decode_metadata.num_draft_tokens
         return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As vLLM's: drafts [requests, k]. What steered this round is dropped afterwards, whatever happens."""
         try:
             return super().propose(*args, **kwargs)
         finally:
@@ -55,6 +57,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
         cad: Any,
         num_rejected_tokens_gpu: Tensor | None,
     ) -> tuple[int, Tensor, Any]:
+        """As vLLM's, after the guides of this round are taken from target_hidden_states [tokens, states x H]."""
         if self.injection is not None:
             last_accepted = cad.query_start_loc[1:] - 1
             if num_rejected_tokens_gpu is not None:

@@ -20,6 +20,7 @@ class SteeredSpeculator(StandaloneARSpeculator):
     needs_aux_hidden_states = True  # for a vLLM that asks (see patches.py)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        """As vLLM's, with the steering attached to the model."""
         model = super().load_draft_model(target_model, target_attn_layer_names)
         plan = Plan.of(self.vllm_config)
         assert plan is not None
@@ -40,6 +41,7 @@ class SteeredSpeculator(StandaloneARSpeculator):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Tensor:
+        """As vLLM's: drafts [requests, k], made under the guides taken from aux_hidden_states."""
         if not dummy_run:
             assert aux_hidden_states is not None  # vLLM hands them out: `init_speculator` asked for them
             self._steer_first_pass(input_batch, aux_hidden_states, num_rejected)

@@ -86,6 +86,7 @@ class Gauges(StatLoggerBase):
             self.log()
 
     def log_engine_initialized(self) -> None:
+        """Once, when the engine is ready."""
         self.log()
 
     def log(self) -> None:

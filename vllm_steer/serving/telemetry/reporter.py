@@ -80,6 +80,7 @@ class Reporter(threading.Thread):
         Finalize(self, remove, (self._file,), exitpriority=0)  # not atexit: a forked worker ends without it
 
     def run(self) -> None:
+        """The thread: a look every INTERVAL seconds until the engine has gone."""
         while not self._gone.wait(INTERVAL):
             try:
                 self.look()
