@@ -92,7 +92,7 @@ class SteeredActivation(nn.Module):
         self.register_buffer("count", injection.count, persistent=False)
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        """The activation [rows, F] of gate_up [rows, 2F], after each row's delta was added in place."""
+        """The activation [rows, F] of gate_up [rows, 2F], after each row's delta was added to its up half."""
         # Eager CPU: past the dispatcher, which costs as much as the addition.
         direct = gate_up.device.type == "cpu" and not torch.compiler.is_compiling()
         inject = _inject_cpu if direct else torch.ops.vllm_steer.inject
