@@ -1,6 +1,6 @@
 """Draw the README's figure from committed results: `python docs/figure.py`. Nothing is typed in by hand.
 
-Left, acceptance length with its 95 % interval; right, tokens per second over those of the plain drafter in the same run.
+Left, acceptance length with its 95 % interval; right, tokens per second over those of the plain drafter of that run.
 """
 
 from __future__ import annotations
