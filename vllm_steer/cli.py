@@ -170,7 +170,7 @@ def _check(args: argparse.Namespace) -> None:
 
     directory = checkpoint.resolve(args.directory)
     config = checkpoint.load(directory).config
-    whole = (directory / "config.json").is_file()
+    whole = checkpoint.has_drafter(directory)
     drafter = args.drafter or (directory if whole else None)
     check_pair(
         config,
@@ -187,7 +187,6 @@ def _check(args: argparse.Namespace) -> None:
 def describe(config: SteeringConfig, adapter: bool) -> str:
     """What a checkpoint is, in a few lines."""
     target, drafter = config.target, config.drafter
-    rank = "full rank" if config.rank is None else f"rank {config.rank}"
     lines = [
         f"{'adapter' if adapter else 'steered checkpoint'}, format {config.format_version}: "
         "weights and golden deltas agree",
@@ -195,7 +194,7 @@ def describe(config: SteeringConfig, adapter: bool) -> str:
         f"vocabulary {target.vocab_size}; states from layers {', '.join(map(str, config.target_layer_ids))}",
         f"           drafter {drafter.name}: {drafter.num_hidden_layers} layers, {config.num_steered} of them steered, "
         f"FFN width {drafter.intermediate_size}",
-        f"projection {rank}, {target.hidden_size} to {config.projection_size}",
+        f"projection {config.rank_text}, {target.hidden_size} to {config.projection_size}",
         f"drafts     {config.draft_length or 'unknown number of'} per block when trained",
     ]
     lines += [f"{name:<10} {value}" for name, value in (("acceptance", config.acceptance),) if value]

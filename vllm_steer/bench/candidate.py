@@ -69,7 +69,7 @@ class Contender:
         """
         if self.drafter is None:
             return None
-        if checkpoint.has_steering(self.drafter) and not (Path(self.drafter) / "config.json").is_file():
+        if checkpoint.has_steering(self.drafter) and not checkpoint.has_drafter(self.drafter):
             raise SteeringError(
                 f"{self.drafter} is an adapter: give its base drafter as well, {self.name}={self.drafter}+DRAFTER"
             )

@@ -134,7 +134,7 @@ def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name
         role: dataclasses.replace(getattr(config, role), name=redact(getattr(config, role).name)) for role in ROLES
     }
     config = dataclasses.replace(config, **names)
-    adapter = not (directory / "config.json").is_file()
+    adapter = not checkpoint.has_drafter(directory)
     tables = [_measured(Path(bench), directory) for bench in benches]
     parts = [_header(config, license_name), OURS, _what(config, adapter), _serve(config, repo, adapter)]
     parts += [_acceptance(config, tables), _provenance(config)]
@@ -152,7 +152,6 @@ def _header(config: SteeringConfig, license_name: str | None) -> str:
 
 
 def _what(config: SteeringConfig, adapter: bool) -> str:
-    rank = "full rank" if config.rank is None else f"rank {config.rank}"
     kind = f"Steering (an adapter) for the drafter {config.drafter.name}" if adapter else (
         f"A steered drafter, made from {config.drafter.name}")  # fmt: skip
     return (
@@ -160,7 +159,7 @@ def _what(config: SteeringConfig, adapter: bool) -> str:
         "For speculative decoding in vLLM with the plugin vllm-steer: while it drafts, the drafter is given the "
         "target's hidden states as a steering vector (SD², arXiv 2511.09844). The target's output does not change.\n\n"
         f"States of target layers {', '.join(map(str, config.target_layer_ids))}; {config.num_steered} of "
-        f"{config.drafter.num_hidden_layers} drafter layers steered, {rank}; trained for "
+        f"{config.drafter.num_hidden_layers} drafter layers steered, {config.rank_text}; trained for "
         f"{config.draft_length or 'an unknown number of'} drafts per block."
     )
 
@@ -242,7 +241,7 @@ def _asked_scale(settings: dict[str, Any]) -> Any:
 
 def _require_drafter(measured: Any, directory: Path, bench: Path) -> None:
     """Raises SteeringError when a whole checkpoint's steering was measured over another drafter than its own."""
-    whole = (directory / "config.json").is_file()
+    whole = checkpoint.has_drafter(directory)
     if whole and measured is not None and (what := difference(measured, fingerprint(directory))):
         raise SteeringError(
             f"{bench} measured this steering with another drafter than the one in {directory}: {what}; run "

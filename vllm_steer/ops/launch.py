@@ -26,7 +26,8 @@ DRAFT_LENGTH = 5  # for a checkpoint that does not say what it was trained for
 SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default
 SPECULATIVE, ADDITIONAL = "speculative_config", "additional_config"
 JSON_OPTIONS = {"--speculative-config": SPECULATIVE, "-sc": SPECULATIVE, "--additional-config": ADDITIONAL}
-SHORTHANDS = {"--spec-model": "model", "--spec-tokens": "num_speculative_tokens", "--spec-method": "method"}
+TOKENS = "--spec-tokens"
+OTHER_SPELLINGS = {"--spec-model": "; the draft model is given by --drafter", "--spec-method": ""}
 
 
 class UnknownModel(SteeringError):
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
     parser.epilog = (parser.epilog or "") + (
         "\n\neverything else goes to vLLM as it is, and wins over what the checkpoint says: -tp 2,\n"
-        "--speculative-config '{\"num_speculative_tokens\": 3}', --spec-tokens 3 ...; `vllm serve --help=all` lists it"
+        "--spec-tokens 3, --speculative-config '{\"num_speculative_tokens\": 3}' ...; `vllm serve --help=all` lists it"
     )
 
 
@@ -101,7 +102,7 @@ def drafter_of(source: str, folder: Path, config: SteeringConfig, given: str | N
     """
     if given is None or given == source:
         if folder == Path(source).expanduser():
-            if (folder / "config.json").is_file():
+            if checkpoint.has_drafter(folder):
                 return source, read_model_config(folder)
         elif _has_model(source):
             return source, read_model_config(source)
@@ -138,80 +139,60 @@ def _named(recorded: str, given: str | None, role: str, option: str) -> tuple[st
 
 
 def take_json(words: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Take what the user says of speculation and of plugins out of vLLM's options, in every way vLLM lets it be said:
-    as JSON, by dotted names, by the --spec-... shorthands, in a --config file (which all others win over).
+    """Take what the user says of speculation and of plugins out of vLLM's options: JSON objects, and --spec-tokens.
 
-    Returns ({"speculative_config": {...}, "additional_config": {...}}, the other words as they were).
+    Returns ({"speculative_config": {...}, "additional_config": {...}}, the other words as they were). Raises
+    SteeringError for vLLM's other spellings of the same, which it would read beside what the checkpoint says.
     """
     found: dict[str, dict[str, Any]] = {SPECULATIVE: {}, ADDITIONAL: {}}
     rest, words = [], list(words)
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        name, *path = name.split(".")
         name = name.replace("_", "-")
         if name == "--config":
-            for key, inside in _in_file(value if equals else words[0] if words else "").items():
-                merge(inside, found[key])
-                found[key] = inside
-        if name not in JSON_OPTIONS and name not in SHORTHANDS:
+            _refuse_in_file(value if equals else words[0] if words else "")
+        if name in OTHER_SPELLINGS or (name.partition(".")[0] in JSON_OPTIONS and "." in name):
+            raise SteeringError(
+                f"{name}: vllm-steer serve does not read this spelling; allowed are --speculative-config and "
+                f"--additional-config with JSON, and --spec-tokens{OTHER_SPELLINGS.get(name, '')}"
+            )
+        if name not in JSON_OPTIONS and name != TOKENS:
             rest.append(word)
             continue
         if not equals:
             if not words:
                 raise SteeringError(f"{word} needs a value")
             value = words.pop(0)
-        if name in SHORTHANDS:
-            key = SHORTHANDS[name]
-            found[SPECULATIVE][key] = _value(value) if key == "num_speculative_tokens" else value
-        elif path:
-            merge(found[JSON_OPTIONS[name]], _nested(path, value))
+        if name == TOKENS:
+            found[SPECULATIVE]["num_speculative_tokens"] = int(value) if value.isdigit() else value  # vLLM checks it
         else:
             merge(found[JSON_OPTIONS[name]], json_object(name.removeprefix("--"), value))
     return found, rest
 
 
-def _in_file(path: str) -> dict[str, dict[str, Any]]:
-    """What a vLLM --config file says of speculation and of plugins. An unreadable one is vLLM's to refuse."""
+def _refuse_in_file(path: str) -> None:
+    """Raise SteeringError if a vLLM --config file says what the checkpoint says, too. vLLM refuses unreadable ones."""
     import yaml
 
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    raw = {str(key).replace("-", "_"): value for key, value in raw.items()} if isinstance(raw, dict) else {}
-    for name in ("model", *(option[2:].replace("-", "_") for option in SHORTHANDS)):
-        if name in raw:
+        return
+    keys = {str(key).replace("_", "-") for key in raw} if isinstance(raw, dict) else set()
+    for name in ("model", *(option.lstrip("-") for option in (*JSON_OPTIONS, *OTHER_SPELLINGS, TOKENS))):
+        if name in keys:
             raise SteeringError(
-                f"{path} has {name.replace('_', '-')!r}, which vLLM would read beside what the checkpoint says: take "
-                "it out, and give it after DIR on the command line if it is to win"
+                f"{path} has {name!r}, which vLLM would read beside what the checkpoint says: take it out, and give "
+                "it after DIR on the command line"
             )
-    found = {key: _value(raw[key]) if isinstance(raw[key], str) else raw[key] for key in raw}
-    return {key: found[key] for key in (SPECULATIVE, ADDITIONAL) if isinstance(found.get(key), dict)}
-
-
-def _nested(path: list[str], value: str) -> dict[str, Any]:
-    """--option.a.b VALUE is {"a": {"b": VALUE}}; with a + at the end VALUE is a list's next elements."""
-    inner: Any = value.split(",") if path[-1].endswith("+") else _value(value)
-    for key in reversed([*path[:-1], path[-1].removesuffix("+")]):
-        inner = {key: inner}
-    return inner
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def merge(into: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add `more` to `into` key by key, at every depth; the same key's value becomes that of `more`, lists grow."""
+    """Add `more` to `into` key by key, at every depth; the same key's value becomes that of `more`."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge(into[key], value)
-        elif isinstance(value, list) and isinstance(into.get(key), list):
-            into[key] = into[key] + value
         else:
             into[key] = value
 

@@ -144,7 +144,7 @@ class Injection:
             list(self.config.target_layer_ids),
             self.config.num_steered,
             shape.num_hidden_layers,
-            "full rank" if self.config.rank is None else f"rank {self.config.rank}",
+            self.config.rank_text,
             self.plan.draft_length,
             self.plan.scale,
             self.plan.source,

@@ -72,6 +72,11 @@ def has_steering(directory: str | Path) -> bool:
     return (Path(directory) / FOLDER).is_dir()
 
 
+def has_drafter(directory: str | Path) -> bool:
+    """Whether a local directory holds a draft model; a steered checkpoint without one is an adapter."""
+    return (Path(directory) / "config.json").is_file()
+
+
 def golden_states(config: SteeringConfig) -> Tensor:
     """The fixed random states [4, 3H] float32 whose deltas a checkpoint records."""
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +189,7 @@ def merge_adapter(adapter: str | Path, drafter: str | Path, output: str | Path) 
     refuse_used(output)
     steering = load(adapter)
     drafter = Path(drafter)
-    if not (drafter / "config.json").is_file():
+    if not has_drafter(drafter):
         raise SteeringError(f"{drafter} has no config.json: give the base drafter's local directory")
     have, want = drafter_shape(steering.config.drafter.name, read_model_config(drafter)), steering.config.drafter
     if have != want:

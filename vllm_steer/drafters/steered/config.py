@@ -31,13 +31,7 @@ class SteeringConfig:
     acceptance: dict[str, Any] = field(default_factory=dict)  # measured when trained; empty: not measured
 
     def __post_init__(self) -> None:
-        if self.format_version > FORMAT_VERSION:
-            raise SteeringError(
-                f"steering format version {self.format_version} is newer than this vllm-steer reads "
-                f"(at most {FORMAT_VERSION}): upgrade vllm-steer"
-            )
-        if self.format_version < 1:
-            raise SteeringError(f"steering format version {self.format_version}: allowed is 1 to {FORMAT_VERSION}")
+        _require_known("steering format", self.format_version)
         for shape in (self.target, self.drafter):
             for key, value in dataclasses.asdict(shape).items():
                 if key != "name":
@@ -56,6 +50,11 @@ class SteeringConfig:
             require_positive_int("rank", self.rank)
         if self.draft_length is not None:
             require_positive_int("draft_length", self.draft_length)
+
+    @property
+    def rank_text(self) -> str:
+        """The rank in words."""
+        return "full rank" if self.rank is None else f"rank {self.rank}"
 
     @property
     def num_steered(self) -> int:
@@ -93,13 +92,7 @@ class SteeringConfig:
         """
         if not isinstance(raw, dict):
             raise SteeringError(f"{where}: expected a JSON object, found {type(raw).__name__}")
-        version = raw.get("format_version", FORMAT_VERSION)
-        require_positive_int(f"{where}: format_version", version)
-        if version > FORMAT_VERSION:
-            raise SteeringError(
-                f"{where}: format version {version} is newer than this vllm-steer reads "
-                f"(at most {FORMAT_VERSION}): upgrade vllm-steer"
-            )
+        _require_known(f"{where}: format", raw.get("format_version", FORMAT_VERSION))  # before its unknown keys
         raw = dict(raw)
         _check_keys(cls, raw, where)
         raw["target"] = _build(TargetShape, raw["target"], f"{where}: target")
@@ -130,6 +123,15 @@ class SteeringConfig:
         except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 4,300 digits
             raise SteeringError(f"{path} is not valid JSON ({error}): copy the file again from its source") from None
         return config
+
+
+def _require_known(name: str, version: Any) -> None:
+    require_positive_int(f"{name}_version", version)
+    if version > FORMAT_VERSION:
+        raise SteeringError(
+            f"{name} version {version} is newer than this vllm-steer reads (at most {FORMAT_VERSION}): upgrade "
+            "vllm-steer"
+        )
 
 
 NEW_NAMES = {"greedy": "agreement", "block_efficiency": "acceptance_length"}  # in what 0.1.0 recorded

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import refuse_used
 from vllm_steer.drafters.models import drafter_shape, read_model_config, target_shape
-from vllm_steer.drafters.steered.checkpoint import FLOATS, copy_files, filling, mark, save
+from vllm_steer.drafters.steered.checkpoint import FLOATS, copy_files, filling, has_drafter, mark, save
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 
@@ -45,7 +45,7 @@ def import_published(source: str | Path, drafter: str | Path, target: str | Path
 
     source, drafter, output = Path(source), Path(drafter), Path(output)
     refuse_used(output)
-    if not (drafter / "config.json").is_file():
+    if not has_drafter(drafter):
         raise SteeringError(f"{drafter} has no config.json: give the base drafter's local directory")
     drafter_config = read_model_config(drafter)
     config = _convert_config(source, drafter, drafter_config, target)

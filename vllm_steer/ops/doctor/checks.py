@@ -87,9 +87,8 @@ def steering_weights(case: Case) -> Iterable[Finding]:
     """Files, shapes, finite values, golden deltas: everything the server will check when it loads it."""
     config = checkpoint.load_steering(case.checkpoint).config
     case.config = config
-    rank = "full rank" if config.rank is None else f"rank {config.rank}"
     steered = f"{config.num_steered} of {config.drafter.num_hidden_layers} drafter layers"
-    yield Finding("checkpoint", OK, f"weights and golden deltas agree; {rank}, for {steered}")
+    yield Finding("checkpoint", OK, f"weights and golden deltas agree; {config.rank_text}, for {steered}")
 
 
 def drafter(case: Case) -> Iterable[Finding]:
