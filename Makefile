@@ -32,6 +32,7 @@ demo: install
 
 # Two processes with one thread each: tiny models gain nothing from threads, and OpenMP's wait for each other spinning.
 test: install triton
+	@echo "[test] without the tests marked gpu, real_pair and slow; with them: make test ARGS='-m \"\"'"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 install: $(VENV)/.installed-$(EXTRA)

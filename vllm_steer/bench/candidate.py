@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from vllm_steer.bench import block_counting
 from vllm_steer.common import provenance
@@ -30,6 +30,26 @@ from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 NONE = "none"  # the name of the contender without speculation
 WARM_UP = 16  # tokens
+
+
+class Settings(TypedDict):
+    """All that numbers depend on and contenders have in common, as results.json has it."""
+
+    target: str
+    target_weights: str
+    prompts: str
+    split: str | None
+    number_of_prompts: int
+    prompts_sha256: str
+    k: int
+    max_tokens: int
+    temperature: list[float]
+    batch: int
+    max_model_len: int
+    engine: dict[str, Any]  # further options of vLLM's
+    seed: int
+    sampling: str
+    conditions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,9 +109,7 @@ class Contender:
         }
 
 
-def measure_in_a_process(
-    contender: Contender, settings: dict[str, Any], prompts: list[dict[str, Any]]
-) -> dict[str, Any]:
+def measure_in_a_process(contender: Contender, settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """`measure` in a fresh Python under this process's environment. Raises SteeringError when it fails."""
     # The engine lives in that very process: its workers can then be asked for times and memory (serving/probe.py).
     env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -123,11 +141,11 @@ def main(job: str, result: str) -> None:
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure(contender: Contender, settings: dict[str, Any], prompts: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(contender: Contender, settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """Measure at every temperature.
 
     Args:
-        settings: target, k, max_tokens, temperature (a list), batch, max_model_len, engine, seed, sampling.
+        settings: what the contenders have in common.
         prompts: [{"id", "category", "ids": token ids}].
 
     Returns {"environment", "steered", "scale", "sampling", "peak_memory": a dict per worker, "runs": one per
@@ -136,10 +154,20 @@ def measure(contender: Contender, settings: dict[str, Any], prompts: list[dict[s
     """
     from vllm_steer.serving import probe
 
-    llm = probe.open_engine(contender.drafter, contender.adapter, settings)
+    llm = probe.open_engine(
+        settings["target"],
+        contender.drafter,
+        contender.adapter,
+        k=settings["k"],
+        sampled=any(settings["temperature"]),
+        batch=settings["batch"],
+        max_model_len=settings["max_model_len"],
+        seed=settings["seed"],
+        options=settings["engine"],
+    )
     try:
         own = probe.own_sampling(llm) if settings["sampling"] == "served" else {}
-        runs = [_run(llm, contender, t, settings | {"own_sampling": own}, prompts) for t in settings["temperature"]]
+        runs = [_run(llm, contender, t, own, settings, prompts) for t in settings["temperature"]]
         return {
             "environment": probe.describe(llm),
             "steered": all(llm.collective_rpc(probe.is_steered)),
@@ -153,7 +181,12 @@ def measure(contender: Contender, settings: dict[str, Any], prompts: list[dict[s
 
 
 def _run(
-    llm: Any, contender: Contender, temperature: float, settings: dict[str, Any], prompts: list[dict[str, Any]]
+    llm: Any,
+    contender: Contender,
+    temperature: float,
+    own_sampling: dict[str, Any],
+    settings: Settings,
+    prompts: list[dict[str, Any]],
 ) -> dict[str, Any]:
     from tqdm import tqdm
 
@@ -161,8 +194,8 @@ def _run(
 
     k = settings["k"] if contender.drafter else 0
     batch, most = settings["batch"], settings["max_tokens"]
-    common = {"batch": batch, "temperature": temperature, "seed": settings["seed"]}
-    common["sampling"] = settings["own_sampling"]
+    common: dict[str, Any] = {"batch": batch, "temperature": temperature, "seed": settings["seed"]}
+    common["sampling"] = own_sampling
     ids = [prompt["ids"] for prompt in prompts]
     probe.drive(llm, ids[:batch], max_tokens=min(WARM_UP, most), **common)
     common["max_tokens"] = block_counting.tokens_to_ask(most, k)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.bench import block_counting, conditions, report, summary
-from vllm_steer.bench.candidate import NONE, Contender, measure_in_a_process
+from vllm_steer.bench.candidate import NONE, Contender, Settings, measure_in_a_process
 from vllm_steer.common import options, provenance
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.common.files import only_writer, refuse_used
@@ -253,7 +253,7 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     return kept, dropped, room
 
 
-def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> dict[str, Any]:
+def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> Settings:
     """All that numbers depend on and contenders have in common."""
     assert config.target is not None
     return {
@@ -275,7 +275,7 @@ def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> 
     }
 
 
-def _say_what_is_off(config: BenchConfig, settings: dict[str, Any]) -> None:
+def _say_what_is_off(config: BenchConfig, settings: Settings) -> None:
     """Warn when steered drafters are about to be measured without their steering, which the table will say too."""
     steered = [contender.name for contender in config.contenders if contender.steering is not None]
     additional = config.engine_options.get("additional_config") or {}
@@ -291,7 +291,7 @@ def _digest(prompts: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
-def _measured(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _measured(output: Path, settings: Settings) -> list[dict[str, Any]]:
     """The contenders the output holds. Raises SteeringError if there are none, or other settings were theirs."""
     path = output / RESULTS
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_steer.bench import block_counting
 from vllm_steer.bench.block_counting import Answer
-from vllm_steer.bench.candidate import NONE
+from vllm_steer.bench.candidate import NONE, Settings
 
 NEW_NAMES = {"tokens_per_block": "acceptance_length", "accepted_at": "acceptance_rates"}  # of rows written by 0.1.0
 
@@ -27,7 +27,7 @@ def _renamed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{NEW_NAMES.get(key, key): value for key, value in row.items()} for row in rows]
 
 
-def summarise(settings: dict[str, Any], contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(settings: Settings, contenders: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per temperature: rows and pairs over all prompts and per category, and each contender's speed."""
     found = []
     for place, temperature in enumerate(settings["temperature"]):

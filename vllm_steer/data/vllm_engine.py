@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_steer.common import engine_options
 from vllm_steer.common.errors import SteeringError
 
 BATCH = 8  # requests a Ray task carries: answers reach the driver, and are safe, in groups of these
@@ -56,13 +57,10 @@ class Engine:
             from vllm import LLM
         except ImportError as error:
             raise SteeringError(f"this needs vLLM ({error}): pip install 'vllm-steer[gpu]', or [cpu]") from error
-        import torch
-
-        # vLLM 0.32 rewinds the generator of a request whose prompt came in chunks; on a CPU that raises.
-        whole_prompts = {} if torch.accelerator.is_available() else {"enable_chunked_prefill": False}
+        options = engine_options.for_sampling() | config.options
         self.config = config
         try:
-            self._llm = LLM(config.model, max_model_len=config.max_model_len, **(whole_prompts | config.options))
+            self._llm = LLM(config.model, max_model_len=config.max_model_len, **options)
         except SteeringError:
             raise
         except (TypeError, ValueError) as error:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.reader import Counter
 
+from vllm_steer.common import engine_options
 from vllm_steer.common.provenance import cpu_name
 
 
@@ -45,32 +45,44 @@ class Clock:
     decode_tokens: int = 0
 
 
-def open_engine(drafter: str | None, adapter: str | None, settings: dict[str, Any]) -> LLM:
-    """The engine of one contender (see contender.measure for `settings`); without a drafter it does not speculate."""
-    options = dict(settings["engine"])
+def open_engine(
+    target: str,
+    drafter: str | None,
+    adapter: str | None,
+    *,
+    k: int,
+    sampled: bool,
+    batch: int,
+    max_model_len: int,
+    seed: int,
+    options: dict[str, Any],
+) -> LLM:
+    """An engine to be measured; without a drafter it does not speculate.
+
+    `sampled`: whether a request may have a temperature above 0. `options` are further ones of vLLM's.
+    """
+    options = dict(options)
     if adapter is not None:
         additional = options.get("additional_config", {})
         options["additional_config"] = additional | {
             "vllm_steer": additional.get("vllm_steer", {}) | {"adapter": adapter}
         }
-    sampled = any(settings["temperature"])
-    if sampled and current_platform.is_cpu():
-        # With a seed, vLLM 0.32's V1 runner dies there after a part of a prompt: a CPU generator cannot be rewound.
-        options.setdefault("enable_chunked_prefill", False)
+    if sampled:
+        options = engine_options.for_sampling() | options
     if drafter is not None:
         options["per_request_spec_decode_metrics"] = "detailed"
         options["speculative_config"] = {
             "model": drafter,
-            "num_speculative_tokens": settings["k"],
+            "num_speculative_tokens": k,
             # Sampled requests lose acceptance with greedy drafts.
             "draft_sample_method": "probabilistic" if sampled else "greedy",
         }
     return LLM(
-        settings["target"],
+        target,
         **options,
-        max_model_len=settings["max_model_len"],
-        max_num_seqs=settings["batch"],
-        seed=settings["seed"],
+        max_model_len=max_model_len,
+        max_num_seqs=batch,
+        seed=seed,
         enable_prefix_caching=False,  # a full hit is answered with placeholder drafts
         disable_log_stats=False,
     )

@@ -19,6 +19,7 @@ from vllm_steer.data.split import split_of_run, split_rows
 from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.training.cache import StateCache
+from vllm_steer.training.config import TrainConfig
 from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def read_data(config: Any, tokenizer: Any) -> tuple[list[Row], list[Row]]:
+def read_data(config: TrainConfig, tokenizer: Any) -> tuple[list[Row], list[Row]]:
     """Training rows of all files and held-out rows of the first, whose prompts no other file trains on.
 
     A run that is resumed holds out what it did when it began. Rows are numbered in the order they were read.
@@ -97,7 +98,7 @@ class Batches:
 
     def __init__(
         self,
-        config: Any,
+        config: TrainConfig,
         target: PreTrainedModel,
         drafter: PreTrainedModel,
         rows: list[Row],
@@ -116,7 +117,7 @@ class Batches:
                             drafter.config.model_type)  # fmt: skip
         widths = {"states": 3 * settings.target.hidden_size, "final": settings.target.hidden_size}
         # Without the tokenizer: the rows' token ids are compared themselves.
-        made_from = {
+        made_from: dict[str, object] = {
             "target": fingerprint(config.target, tokenizer=False),
             "layers": self.layers,
             "precision": config.precision,
