@@ -54,6 +54,8 @@ LAYOUTS: dict[str, tuple[list[str], int | None, list[str], int | None, int]] = {
     "full, full": ([F] * 6, None, [F, F], None, 1),
 }
 STEERED = ("alternating, full", "five to one, full", "alternating, sliding, shared and split", "four kinds")
+QUICK = {*STEERED, "all sliding, full", "three kinds", "full, alternating"}  # one of each kind; all of them: -m slow
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def check(engine: Any, target: Path, drafter: Path, steered: bool, **keys: Any) 
         assert_steered(found, {K})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[] if name in QUICK else SLOW) for name in LAYOUTS])
 def test_plain_drafters_draft_in_their_own_groups(layout: str, pair: Any, runners: Any) -> None:
     target, plain, _ = pair(layout)
     check(runners("v1"), target, plain, False)
@@ -131,7 +133,7 @@ def test_steered_drafters_draft_in_their_own_groups(layout: str, runner: str, pa
     check(runners(runner), target, steered, True)
 
 
-@pytest.mark.parametrize("layout", ["alternating, full", "four kinds"])
+@pytest.mark.parametrize("layout", [pytest.param("alternating, full", marks=SLOW), "four kinds"])
 @pytest.mark.parametrize("keys", [{"block_size": 64}, {"block_size": 128}, {"disable_hybrid_kv_cache_manager": True}])
 def test_other_blocks_and_one_group(layout: str, keys: dict[str, Any], pair: Any, runners: Any) -> None:
     target, plain, _ = pair(layout)
