@@ -1,11 +1,24 @@
-"""Fixtures every engine test shares."""
+"""Fixtures that tests share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 from engines import Runner
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a verb sets for its own process (`doctor` silences vLLM) does not reach the servers of later tests."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() | before.keys():
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")
