@@ -266,7 +266,7 @@ def main() -> int:
     report(rows, args.k)
     if args.pair == "tiny":
         print("\nThis target costs hardly more per token than its drafter: drafting cannot pay in tokens/s here.")
-        print("Tokens per block is what carries over to a large target.")
+        print("Acceptance length is what carries over to a large target.")
     if args.json:
         args.json.write_text(json.dumps({"k": args.k, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     wrong = verdict(rows, greedy=args.temperature == 0)
