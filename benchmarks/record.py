@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,12 +24,19 @@ ENV = {
 def write_report(path: Path, **results: Any) -> None:
     """Write `results` as JSON under the date, the command, the machine and the versions they come from."""
     import torch
-    import vllm
 
     report = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", *(Path(word).name if word.startswith("/") else word for word in sys.argv)]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"vllm": _version("vllm"), "torch": torch.__version__, "python": platform.python_version()},
     }
     path.write_text(json.dumps(report | results, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: a GPU machine may have torch alone."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

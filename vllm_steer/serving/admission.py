@@ -73,8 +73,16 @@ def _admit_steered(vllm_config: VllmConfig, draft: Any, options: Options, source
         steered_layers=config.steered_layers,
         projection_size=config.projection_size,
         max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_rows=max_rows(vllm_config),
         draft_length=draft_length,
     )
+
+
+def max_rows(vllm_config: VllmConfig) -> int:
+    """The most rows a forward of the drafter can have: a full batch with its newest tokens, or a padded graph."""
+    scheduler = vllm_config.scheduler_config
+    graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(scheduler.max_num_batched_tokens + scheduler.max_num_seqs, graph)
 
 
 def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:

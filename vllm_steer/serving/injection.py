@@ -1,22 +1,20 @@
-"""Steering inside vLLM's batched draft forward: fixed buffers, one custom op, one wrapped module per MLP.
+"""Steering inside vLLM's batched draft forward: the weights, the fixed buffers, the moments of a draft round.
 
-Shape legend: B requests in the batch, L steered layers, F FFN width (this rank's share), k draft length,
-N = max_num_seqs, T tokens in the forward.
+Shape legend: B requests in the batch, L steered layers, F FFN width (this rank's share), H target hidden size, k draft
+length, N = max_num_seqs, R the most rows a forward can have.
 
-    deltas    [N + 1, L, F]   entry i + 1 belongs to batch row i; entry 0 is all zeros, for ever
-    rows      [(k + 2) * N]   which rows of the forward are steered ...
-    requests  [(k + 2) * N]   ... and with which entry of `deltas` (0: not at all)
-    count     [3] int32       how many entries of rows / requests are in use; for the CPU: their form, their first row
+    deltas  [N + 1, L, F]  entry i + 1 belongs to batch row i; entry 0 is all zeros, for ever
+    entry   [R] int32      which entry of `deltas` steers each row of the forward; 0: none
 
-The buffers keep shape and address for life, and nothing that torch.compile traces depends on their contents:
-vLLM traces the drafter once, during profiling, when nothing is steered yet.
+Both keep shape and address for life, and no layer's number is in what torch.compile traces: each layer has its view
+`deltas[:, l]` (activation.py). On a GPU a round is the launches of kernels.py and the products of fuse and project.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,80 +22,16 @@ from torch import Tensor, nn
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.drafters.steered.module import Steering
+from vllm_steer.drafters.steered.module import NORM_EPS, Steering
+from vllm_steer.serving.activation import GATE_FIRST, CpuRows, SteeredActivation, gated_mlps, require_width
 from vllm_steer.serving.plan import Plan
 from vllm_steer.serving.telemetry.block_counter import Blocks
 
 logger = logging.getLogger("vllm.steer")
 
-# Activations that compute act(x[:d]) * x[d:]: the up-projection is the upper half. Others interleave or swap.
-GATE_FIRST = ("SiluAndMul", "GeluAndMul")
-
-# Forms of a list of steered rows. A CPU has no kernel that reads an index per row, and its general one costs most:
-LISTS = 0  # rows and entries as listed
-SPAN = 1  # consecutive rows, entries as listed
-EACH = 2  # rows 0, 1, ... with entries 1, 2, ...
-ONE = 3  # consecutive rows, all with entry 1; the last three read no row numbers but the first
-
-_library = torch.library.Library("vllm_steer", "DEF")
-_library.define(
-    "inject(Tensor(a!) gate_up, Tensor deltas, Tensor rows, Tensor requests, Tensor count, int layer) -> ()"
-)
-
-
-def _inject_cpu(gate_up: Tensor, deltas: Tensor, rows: Tensor, requests: Tensor, count: Tensor, layer: int) -> None:
-    n, form, first = count.tolist()
-    if n == 0:
-        return
-    width = deltas.shape[-1]
-    up = gate_up.view(-1, 2 * width).narrow(1, width, width)
-    entries = deltas.select(1, layer)
-    if form == LISTS:
-        up.index_add_(0, rows[:n], entries.index_select(0, requests[:n]))
-    elif form == SPAN:
-        up.narrow(0, first, n).add_(entries.index_select(0, requests[:n]))
-    else:
-        up.narrow(0, first, n).add_(entries.narrow(0, 1, n if form == EACH else 1))
-
-
-def _inject_cuda(gate_up: Tensor, deltas: Tensor, rows: Tensor, requests: Tensor, count: Tensor, layer: int) -> None:
-    from vllm_steer.serving.kernels import inject
-
-    inject(gate_up, deltas, rows, requests, count, layer)
-
-
-def _inject_fake(gate_up: Tensor, deltas: Tensor, rows: Tensor, requests: Tensor, count: Tensor, layer: int) -> None:
-    return None
-
-
-_library.impl("inject", _inject_cpu, "CPU")
-_library.impl("inject", _inject_cuda, "CUDA")
-torch.library.register_fake("vllm_steer::inject", _inject_fake, lib=_library)
-
-
-class SteeredActivation(nn.Module):
-    """Wraps an MLP's `act_fn`: adds the deltas to the upper half of gate_up, then applies it."""
-
-    def __init__(self, act_fn: nn.Module, injection: Injection, layer: int):
-        super().__init__()
-        self.act_fn = act_fn
-        self.layer = layer
-        self.deltas: Tensor
-        self.rows: Tensor
-        self.requests: Tensor
-        self.count: Tensor
-        self.register_buffer("deltas", injection.deltas, persistent=False)
-        self.register_buffer("rows", injection.rows, persistent=False)
-        self.register_buffer("requests", injection.requests, persistent=False)
-        self.register_buffer("count", injection.count, persistent=False)
-
-    def forward(self, gate_up: Tensor) -> Tensor:
-        """The activation [rows, F] of gate_up [rows, 2F], after each row's delta was added to its up half."""
-        # Eager CPU: past the dispatcher, which costs as much as the addition.
-        direct = gate_up.device.type == "cpu" and not torch.compiler.is_compiling()
-        inject = _inject_cpu if direct else torch.ops.vllm_steer.inject
-        inject(gate_up, self.deltas, self.rows, self.requests, self.count, self.layer)
-        return self.act_fn(gate_up)
+# The fuse adds three states of which each may be near float16's end (outlier channels of the residual stream reach
+# 1e4); the LayerNorm that follows takes the factor out again.
+FLOAT16_FACTOR = 2.0**-6
 
 
 class Injection:
@@ -111,20 +45,37 @@ class Injection:
         if steering.config.projection_size != plan.projection_size:
             raise SteeringError(f"{plan.source} changed while the server was starting: start it again")
         self.plan = plan
-        self.scale = plan.scale  # multiplies every delta; at 0 no row is steered
         self.blocks: Blocks | None = None  # counts them, in the first rank
         self.config = steering.config
-        self.steering = _shard(steering, tp_rank, tp_size).to(device=device, dtype=dtype)
-        if device.type == "cpu":
+        self.steering = _shard(steering, tp_rank, tp_size).to(device=device, dtype=dtype).requires_grad_(False)
+        self.factor = FLOAT16_FACTOR if dtype == torch.float16 else 1.0
+        self._eps = NORM_EPS * self.factor**2
+        self._fuse_bias = self.steering.fuse.bias * self.factor
+        self.scale = plan.scale
+        self._cpu = device.type == "cpu"
+        if self._cpu:
             _multiply_like_vllm(self.steering)
-        n, window = plan.max_num_seqs, plan.draft_length + 2
-        width = self.config.drafter.intermediate_size // tp_size
-        self.deltas = torch.zeros(n + 1, self.config.num_steered, width, device=device, dtype=dtype)
-        self.rows = torch.zeros(window * n, device=device, dtype=torch.int64)
-        self.requests = torch.zeros(window * n, device=device, dtype=torch.int64)
-        self.count = torch.zeros(3, device=device, dtype=torch.int32)
-        self._entries = torch.arange(1, n + 1, device=device)
-        self._back = torch.arange(window, device=device)
+        n, hidden = plan.max_num_seqs, self.config.target.hidden_size
+        self.width = self.config.drafter.intermediate_size // tp_size
+        self.deltas = torch.zeros(n + 1, self.config.num_steered, self.width, device=device, dtype=dtype)
+        self.entry = torch.zeros(plan.max_rows, device=device, dtype=torch.int32)
+        self._states = torch.zeros(n, 3 * hidden, device=device, dtype=dtype)
+        self._guides = torch.zeros(n, hidden, device=device, dtype=dtype)
+        self._normed = torch.zeros(n, hidden, device=device, dtype=dtype)
+        self._none_rejected = torch.zeros(n, device=device, dtype=torch.int32)
+        self._back = torch.arange(plan.draft_length + 2, device=device)
+        self._cpu_rows = CpuRows()
+        self._drafting = False  # `entry` is that of the later passes
+
+    @property
+    def scale(self) -> float:
+        """Multiplies every delta; at 0 no row is steered."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = value  # into the LayerNorm: the projection after it has no bias
+        self._weight, self._bias = self.steering.norm.weight * value, self.steering.norm.bias * value
 
     def attach(self, model: nn.Module) -> None:
         """Wrap the activations of the steered layers. Raises SteeringError if an MLP is not of the known form."""
@@ -138,7 +89,8 @@ class Injection:
             )
         for slot, layer in enumerate(self.config.steered_layers):
             mlp: Any = mlps[layer]
-            mlp.act_fn = SteeredActivation(mlp.act_fn, self, slot)
+            require_width(mlp, self.width)
+            mlp.act_fn = SteeredActivation(mlp.act_fn, self.deltas[:, slot], self.entry, self._cpu_rows)
         logger.info(
             "steering is on: target layers %s -> %d of %d drafter layers, %s, k=%d, scale %g, from %s",
             list(self.config.target_layer_ids),
@@ -151,72 +103,128 @@ class Injection:
         )
 
     @torch.inference_mode()
-    def set_guides(self, states: Tensor) -> None:
-        """states [B, 3H]: the target's states at each request's last accepted position -> its deltas."""
-        if self.scale != 0:
-            guide = self.steering.guide(states)
-            self.deltas[1 : states.shape[0] + 1] = self.steering.deltas(guide) * self.scale
-            if self.blocks is not None:
-                self.blocks.guided(guide)
+    def set_guides(self, states: Sequence[Tensor], start: Tensor, rejected: Tensor | None) -> None:
+        """Make this round's deltas from the target's states at each request's last accepted position.
+
+        Args:
+            states: the target's three states, low to high, each [rows, H].
+            start: [B + 1] integer, on the device: first row of each request among them, and the end.
+            rejected: [>= B] integer, on the device: rows at a request's end that the target rejected; None: none.
+        """
+        if self.scale == 0:
+            return
+        n = start.shape[0] - 1
+        states_out, guides, normed = self._states[:n], self._guides[:n], self._normed[:n]
+        if rejected is None:
+            rejected = self._none_rejected
+        out = self.deltas[1 : n + 1].flatten(1)
+        if self._cpu:
+            last = start[1:] - 1 - rejected[:n]
+            torch.cat([each[last].to(out.dtype) for each in states], dim=-1, out=states_out)
+            self._project(self._normalise(states_out * self.factor), out)
+            return
+        from vllm_steer.serving import kernels
+
+        kernels.gather_states(states, start, rejected, states_out, self.factor)
+        torch.addmm(self._fuse_bias, states_out, self.steering.fuse.weight.t(), out=guides)
+        tally = None if self.blocks is None else self.blocks.guides
+        kernels.normalise_guides(guides, self._weight, self._bias, normed, self._eps, self.factor, tally)
+        self._project(normed, out)
+
+    def _normalise(self, states: Tensor) -> Tensor:
+        """What kernels.normalise_guides does, in plain torch."""
+        guide = self.steering.fuse(states)
+        if self.factor != 1:
+            guide = guide - self.steering.fuse.bias + self._fuse_bias
+        finite = torch.isfinite(guide).all(-1, keepdim=True)
+        if self.blocks is not None:
+            norms = torch.linalg.vector_norm(guide, dim=-1, dtype=torch.float32)[finite[:, 0]] / self.factor
+            self.blocks.guides += torch.tensor([len(norms), float(norms.sum()), len(guide) - len(norms)])
+        normed = nn.functional.layer_norm(guide, guide.shape[-1:], self._weight, self._bias, self._eps)
+        return torch.where(finite, normed, 0)
+
+    def _project(self, normed: Tensor, out: Tensor) -> None:
+        """normed [B, H] -> out [B, L * F]. A row of zeros, as a broken guide has it, drafts unsteered."""
+        project = self.steering.project
+        if self._cpu:
+            out.copy_(project(normed))
+        elif isinstance(project, nn.Sequential):
+            torch.mm(project[0](normed), self.steering.output.weight.t(), out=out)
+        else:
+            torch.mm(normed, project.weight.t(), out=out)
 
     @torch.inference_mode()
-    def steer_window(self, newest: Tensor, position: Tensor, first_row: Tensor, prompt_len: Tensor) -> None:
+    def steer_window(self, start: Tensor, rejected: Tensor | None, seq_lens: Tensor, prompt_lens: Tensor) -> None:
         """Steer the first pass by the window rule: the newest token and the re-fed verified tokens before it.
 
-        Args (all [B] integer, on the device):
-            newest: row of each request's newest token in the forward.
-            position: that token's position in its sequence.
-            first_row: first row of the request in the forward.
-            prompt_len: positions below this are prompt, never steered.
+        The pass has one row more for each request than the target's had: request i begins at row start[i] + i, and its
+        newest token follows its last accepted one.
+
+        Args (all integer, on the device):
+            start: [B + 1] first row of each request in the target's pass, and the end.
+            rejected: [>= B] rows at a request's end that the target rejected; None: none.
+            seq_lens: [>= B] length of each request up to its last row in the target's pass.
+            prompt_lens: [>= B] positions below this are prompt, never steered.
         """
-        rows = newest[:, None] - self._back
-        steered = (rows >= first_row[:, None]) & (position[:, None] - self._back >= prompt_len[:, None])
-        requests = torch.where(steered, self._entries[: newest.shape[0], None], 0)
-        if self.rows.device.type == "cpu" and self._steer_span(rows[steered], requests[steered]):
-            return
-        n = rows.numel()
-        self.rows[:n] = torch.where(steered, rows, 0).flatten()
-        self.requests[:n] = requests.flatten()
-        self._use(n)
-
-    def _steer_span(self, rows: Tensor, requests: Tensor) -> bool:
-        """Name every row from the first steered to the last, unsteered ones with entry 0, if the buffers hold them."""
-        if not rows.numel():
+        if self.scale == 0:
             self.off()
-            return True
-        first, n = int(rows.min()), int(rows.max() - rows.min()) + 1
-        if n > self.rows.numel():  # a prompt lies between
-            return False
-        self.requests[:n] = 0
-        self.requests[rows - first] = requests
-        self._use(n, ONE if int(requests.max()) == 1 and rows.numel() == n else SPAN, first)
-        return True
+            return
+        n = start.shape[0] - 1
+        self._drafting = False
+        if rejected is None:
+            rejected = self._none_rejected
+        if not self._cpu:
+            from vllm_steer.serving import kernels
 
-    def _use(self, n: int, form: int = LISTS, first: int = 0) -> None:
-        for i, value in enumerate((n if self.scale != 0 else 0, form, first)):
-            self.count[i].fill_(value)
+            kernels.steer_window(self.entry, start, rejected, seq_lens, prompt_lens, n, len(self._back))
+            return
+        length = start[1:] - start[:-1]
+        begin = start[:-1] + torch.arange(n)
+        accepted = length - rejected[:n]
+        position = seq_lens[:n] - length + accepted
+        rows = (begin + accepted)[:, None] - self._back
+        steered = (rows >= begin[:, None]) & (position[:, None] - self._back >= prompt_lens[:n, None])
+        entries = torch.where(steered, torch.arange(1, n + 1)[:, None], 0)
+        self._steer_on_cpu(rows[steered], entries[steered])
+
+    def _steer_on_cpu(self, rows: Tensor, entries: Tensor) -> None:
+        self.entry.zero_()
+        self.entry[rows] = entries.int()
+        if not rows.numel():
+            self._say(CpuRows())
+            return
+        first, end = int(rows.min()), int(rows.max()) + 1
+        if end - first > 2 * rows.numel():  # a prompt lies between
+            self._say(CpuRows(rows=rows, entries=entries, count=rows.numel()))
+        elif end - first == rows.numel() and int(entries.max()) == 1:
+            self._say(CpuRows(first=first, count=end - first, alone=True))
+        else:
+            self._say(CpuRows(first=first, count=end - first, entries=self.entry[first:end].clone()))
+
+    def _say(self, rows: CpuRows) -> None:
+        vars(self._cpu_rows).update(vars(rows))
 
     @torch.inference_mode()
     def steer_drafts(self, num_requests: int) -> None:
         """Steer the later passes: one row per request, in batch order."""
-        self.requests[:num_requests] = self._entries[:num_requests]
-        self.rows[:num_requests] = self._entries[:num_requests] - 1
-        self._use(num_requests, EACH)
+        if self.scale == 0 or self._drafting:
+            return
+        self._drafting = True
+        if not self._cpu:
+            from vllm_steer.serving import kernels
 
+            kernels.steer_drafts(self.entry, num_requests)
+            return
+        self.entry.zero_()
+        self.entry[:num_requests] = torch.arange(1, num_requests + 1)
+        self._say(CpuRows(count=num_requests))
+
+    @torch.inference_mode()
     def off(self) -> None:
         """No row is steered: profiling and dummy runs have rows of their own."""
-        self.count.zero_()
-
-
-def gated_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs of a vLLM model in layer order: merged gate_up_proj, and an activation that multiplies gate first."""
-    found: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        match = re.search(r"(?:^|\.)layers\.(\d+)\.", name + ".")
-        act = getattr(module, "act_fn", None)
-        if match and hasattr(module, "gate_up_proj") and type(act).__name__ in GATE_FIRST:
-            found[int(match.group(1))] = module
-    return [found[i] for i in sorted(found)]
+        self._drafting = False
+        self.entry.zero_()
+        self._say(CpuRows())
 
 
 def _multiply_like_vllm(steering: Steering) -> None:

@@ -93,6 +93,11 @@ def steered(config: VllmConfig) -> bool:
     return plan.Plan.of(config) is not None
 
 
+def max_rows(config: VllmConfig) -> int:
+    """The most rows a forward of the drafter can have."""
+    return admission.max_rows(config)
+
+
 def _told(build: Callable[[], T]) -> T:
     """The result of `build`. Raises SteeringError with its refusal's sentence, out of pydantic's wrapping."""
     from pydantic import ValidationError

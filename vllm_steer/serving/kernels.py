@@ -1,41 +1,175 @@
-"""The GPU form of the injection: one Triton kernel that reads its row count on the device (graph-safe)."""
+"""The draft round's Triton kernels, for a GPU; the same in plain torch, for a CPU, is in injection.py.
+
+Triton is imported with this module, so only what runs on a GPU may import it. Nothing here waits for the device: sizes
+that change from round to round are plain integers, everything else is read where it lies.
+
+Shape legend: B requests, T rows of the forward, H target hidden size, F FFN width (this rank's share), N max_num_seqs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-from vllm.triton_utils import tl, triton
+
+# Triton compiles an integer argument that is 1, or divides by 16, on its own. These change with every round.
+_VARIES = ["num_requests", "num_rows"]
 
 
 @triton.jit
-def _inject_kernel(
-    gate_up,  # [T, 2F]
-    deltas,  # [N + 1, L, F] from layer's first element
-    rows,
-    requests,
-    count,
-    row_stride,
-    entry_stride,
-    width,  # F
-    BLOCK: tl.constexpr,
-):
-    entry = tl.program_id(0)
-    if entry < tl.load(count):
-        request = tl.load(requests + entry)
-        if request > 0:  # unused entries all name row 0: adding zeros there would race with its own delta
-            row = tl.load(rows + entry)
-            column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-            mask = column < width
-            delta = tl.load(deltas + request * entry_stride + column, mask=mask)
-            at = gate_up + row * row_stride + width + column
-            tl.store(at, tl.load(at, mask=mask) + delta, mask=mask)
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
 
 
-def inject(gate_up: Tensor, deltas: Tensor, rows: Tensor, requests: Tensor, count: Tensor, layer: int) -> None:
-    """gate_up[rows[i], F:] += deltas[requests[i], layer] for i < count. Rows of steered entries are distinct."""
-    gate_up = gate_up.view(-1, gate_up.shape[-1])
-    width = deltas.shape[-1]
+@triton.jit
+def _steered_activation_kernel(
+    gate_up, deltas, entry, out, row_stride, entry_stride, width,
+    GELU: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    gate = tl.load(gate_up + row * row_stride + column, mask=mask).to(tl.float32)
+    up = tl.load(gate_up + row * row_stride + width + column, mask=mask).to(tl.float32)
+    at = tl.load(entry + row).to(tl.int64)
+    if at > 0:
+        up += tl.load(deltas + at * entry_stride + column, mask=mask).to(tl.float32)
+    if TANH:
+        gate = 0.5 * gate * (1 + _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+    elif GELU:
+        gate = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    else:
+        gate = gate * tl.sigmoid(gate)
+    tl.store(out + row * width + column, gate * up, mask=mask)
+
+
+def steered_activation(gate_up: Tensor, deltas: Tensor, entry: Tensor, form: str) -> Tensor:
+    """act(gate) * (up + deltas[entry[row]]) for every row, in one launch, computed in float32.
+
+    Args:
+        gate_up: [T, 2F], the gate first; its rows may be strided.
+        deltas: [N + 1, F], entry 0 stands for "not steered" and is not read.
+        entry: [>= T] int32.
+        form: "silu", "gelu" or "gelu_tanh".
+
+    Returns [T, F] of gate_up's dtype.
+    """
+    rows, width = gate_up.shape[0], deltas.shape[-1]
+    out = torch.empty(rows, width, device=gate_up.device, dtype=gate_up.dtype)
     block = min(1024, triton.next_power_of_2(width))
-    grid = (rows.shape[0], triton.cdiv(width, block))
-    _inject_kernel[grid](
-        gate_up, deltas[:, layer], rows, requests, count, gate_up.stride(0), deltas.stride(0), width, BLOCK=block
+    if rows:
+        _steered_activation_kernel[(rows, triton.cdiv(width, block))](
+            gate_up, deltas, entry, out, gate_up.stride(0), deltas.stride(0), width,
+            GELU=form == "gelu", TANH=form == "gelu_tanh", BLOCK=block,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gather_kernel(
+    low, mid, high, low_stride, mid_stride, high_stride, start, rejected, out, hidden, factor, BLOCK: tl.constexpr
+):
+    request, part = tl.program_id(0), tl.program_id(1)
+    last = (tl.load(start + request + 1) - 1 - tl.load(rejected + request)).to(tl.int64)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < hidden
+    if part == 0:
+        state = tl.load(low + last * low_stride + column, mask=mask).to(tl.float32)
+    elif part == 1:
+        state = tl.load(mid + last * mid_stride + column, mask=mask).to(tl.float32)
+    else:
+        state = tl.load(high + last * high_stride + column, mask=mask).to(tl.float32)
+    tl.store(out + (request * 3 + part).to(tl.int64) * hidden + column, state * factor, mask=mask)
+
+
+def gather_states(parts: Sequence[Tensor], start: Tensor, rejected: Tensor, out: Tensor, factor: float) -> None:
+    """Write `factor` times the target's three states at each request's last accepted row into out [B, 3H].
+
+    `parts` are three [rows, H], `start` [B + 1] and `rejected` [>= B] integer: see `steer_window`.
+    """
+    low, mid, high = parts
+    hidden = low.shape[-1]
+    block = min(1024, triton.next_power_of_2(hidden))
+    _gather_kernel[(out.shape[0], 3, triton.cdiv(hidden, block))](
+        low, mid, high, low.stride(0), mid.stride(0), high.stride(0), start, rejected, out, hidden, factor, BLOCK=block
     )
+
+
+@triton.jit
+def _normalise_kernel(guide, weight, bias, out, tally, hidden, eps, factor, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    request = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < hidden
+    x = tl.load(guide + request * hidden + column, mask=mask, other=0.0).to(tl.float32)
+    # inf - inf and nan - nan are not 0: what is left is 0 for a guide of finite numbers alone.
+    finite = tl.sum(tl.where(x - x == 0, 0, 1)) == 0
+    mean = tl.sum(x) / hidden
+    centred = tl.where(mask, x - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred) / hidden + eps)
+    y = centred * scale * tl.load(weight + column, mask=mask).to(tl.float32)
+    y += tl.load(bias + column, mask=mask).to(tl.float32)
+    tl.store(out + request * hidden + column, tl.where(finite, y, 0.0), mask=mask)
+    if COUNT:
+        norm = tl.sqrt(tl.sum(x * x)) / factor
+        tl.atomic_add(tally, tl.where(finite, 1.0, 0.0).to(tl.float64))
+        tl.atomic_add(tally + 1, tl.where(finite, norm, 0.0).to(tl.float64))
+        tl.atomic_add(tally + 2, tl.where(finite, 0.0, 1.0).to(tl.float64))
+
+
+def normalise_guides(
+    guide: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float, factor: float, tally: Tensor | None
+) -> None:
+    """LayerNorm of guide [B, H] into out [B, H]; all zeros for a guide that holds a NaN or an infinity.
+
+    tally [3] float64 gains the number of good guides, the sum of their norms over `factor`, and the number of others.
+    """
+    block = triton.next_power_of_2(guide.shape[-1])
+    _normalise_kernel[(guide.shape[0],)](
+        guide, weight, bias, out, out if tally is None else tally, guide.shape[-1], eps, factor,
+        COUNT=tally is not None, BLOCK=block, num_warps=8 if block >= 2048 else 4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _window_kernel(
+    entry, start, rejected, seq_lens, prompt_lens, num_requests, num_rows, WINDOW: tl.constexpr, BLOCK: tl.constexpr
+):
+    request = tl.program_id(0)
+    begin = tl.load(start + request) + request  # every request before this one gained a row
+    end = num_rows
+    newest = begin - 1
+    oldest = begin
+    if request < num_requests:
+        length = tl.load(start + request + 1) - tl.load(start + request)
+        end = begin + length + 1
+        newest = begin + length - tl.load(rejected + request)
+        # Position p is in row p - (seq_len - length) + begin: the first row that is not of the prompt.
+        answer = begin + tl.load(prompt_lens + request) - (tl.load(seq_lens + request) - length)
+        oldest = tl.maximum(newest - WINDOW + 1, tl.maximum(begin, answer))
+    for first in range(begin, end, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        steered = (row >= oldest) & (row <= newest)
+        tl.store(entry + row, tl.where(steered, request + 1, 0), mask=row < end)
+
+
+def steer_window(
+    entry: Tensor, start: Tensor, rejected: Tensor, seq_lens: Tensor, prompt_lens: Tensor, requests: int, window: int
+) -> None:
+    """Write every row of entry for the first pass, rows past the batch included: see `Injection.steer_window`."""
+    _window_kernel[(requests + 1,)](
+        entry, start, rejected, seq_lens, prompt_lens, requests, entry.shape[0], WINDOW=window, BLOCK=1024
+    )
+
+
+@triton.jit(do_not_specialize=_VARIES)
+def _drafts_kernel(entry, num_requests, num_rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(entry + row, tl.where(row < num_requests, row + 1, 0), mask=row < num_rows)
+
+
+def steer_drafts(entry: Tensor, requests: int) -> None:
+    """Row i is steered with entry i + 1 for i < requests, no other."""
+    _drafts_kernel[(triton.cdiv(entry.shape[0], 1024),)](entry, requests, entry.shape[0], BLOCK=1024)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # where both model runners look for the target's layer ids
 PLAN = "vllm_steer_plan"
-OP_VERSION = 1  # raise when the injected computation changes: it salts the compile caches
+OP_VERSION = 2  # raise when the injected computation changes: it salts the compile caches
 MAX_SCALE = 100
 OPTIONS = "vllm_steer"  # key in vLLM's --additional-config
 
@@ -68,6 +68,7 @@ class Plan:
     steered_layers: tuple[int, ...]
     projection_size: int
     max_num_seqs: int
+    max_rows: int  # of one forward of the drafter
     draft_length: int
     op_version: int = OP_VERSION
 

@@ -312,16 +312,20 @@ def test_front_end_speaks_with_vllms_words() -> None:
 
 def test_memory_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, width = CONFIG.steered_layers, CONFIG.projection_size
-    plan = Plan(STEERED, None, 1.0, layers, width, max_num_seqs=16, draft_length=CONFIG.draft_length)
+    plan = Plan(STEERED, None, 1.0, layers, width, max_num_seqs=16, max_rows=2064, draft_length=CONFIG.draft_length)
     for ranks in (1, 2):
         injection = Injection(plan, torch.device("cpu"), torch.bfloat16, 0, ranks)
-        buffers = (injection.deltas, injection.rows, injection.requests)
-        found = added_bytes(CONFIG, 16, 2, ranks)
+        buffers = (injection.deltas, injection.entry, injection._states, injection._guides, injection._normed)
+        found = added_bytes(CONFIG, 16, 2064, 2, ranks)
         assert found["buffers"] == sum(b.nbytes for b in buffers)
         steering = checkpoint.load(STEERED)
         whole, shared = (sum(p.numel() for p in m.parameters()) for m in (steering, steering.output))
         assert found["weights"] == 2 * (whole - shared + shared // ranks)
-    engine = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048, max_num_seqs=16),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
+    )
     case = Case(config=CONFIG, engine=engine, max_num_seqs=16)
     assert one(checks.memory, case).status == OK
     for total, status in ((2**30, OK), (2**20, WARNING)):

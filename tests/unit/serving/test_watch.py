@@ -38,7 +38,7 @@ def counts_of(*blocks: tuple[int, int, int]) -> Counts:
     table = torch.zeros(K + 1, K + 1, dtype=torch.float64)
     for drafts, accepted, n in blocks:
         table[drafts, accepted] += n
-    return Counts(table, torch.zeros_like(table), 0, 0)
+    return Counts(table, torch.zeros_like(table), 0, 0, 0)
 
 
 EXPECTED = [[0.0, 0.6, 1.0, 1.2, 1.3], [0.0, 0.7, 1.2, 1.5, 1.6]]
@@ -102,7 +102,7 @@ def test_chance_does_not_bark() -> None:
         drawn = torch.multinomial(rates, n, replacement=True, generator=generator)
         table = table.clone()
         table[K] += torch.bincount(drawn, minlength=K + 1)
-        assert dog.judge(Counts(table, torch.zeros_like(table), 0, 0)) is None
+        assert dog.judge(Counts(table, torch.zeros_like(table), 0, 0, 0)) is None
     assert table.sum() > 1_900_000
 
 
@@ -114,7 +114,7 @@ def test_short_blocks_are_compared_with_short_blocks() -> None:
 
 def test_unsteered_blocks_are_not_judged() -> None:
     counts = counts_of((K, 0, 1000))
-    assert watchdog.Watchdog(EXPECTED).judge(Counts(counts.unsteered, counts.steered, 0, 0)) is None
+    assert watchdog.Watchdog(EXPECTED).judge(Counts(counts.unsteered, counts.steered, 0, 0, 0)) is None
 
 
 # --- from the worker to /metrics ------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def gauges(name: str, engine_index: int = 0, steered: bool = True, **parallel: A
     from vllm_steer.serving.telemetry.metrics import Gauges
 
     plan = Written(source="x", revision=None, scale=1.0, steered_layers=(0,), projection_size=1, max_num_seqs=8,
-                   draft_length=K)  # fmt: skip
+                   max_rows=64, draft_length=K)  # fmt: skip
     draft = types.SimpleNamespace(hf_config=types.SimpleNamespace(**{PLAN: plan}), model="x")
     config = types.SimpleNamespace(
         speculative_config=types.SimpleNamespace(draft_model_config=draft, method="draft_model") if steered else None,
@@ -164,6 +164,24 @@ def exposed(name: str, engine_index: int = 0) -> dict[str, float]:
     return {key: value for key, value in found.items() if "_created" not in key}
 
 
+def test_guides_that_are_not_finite_are_warned_of_once(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    worker = reporter.Reporter(engine, ACCEPTANCE, 0)
+    for _ in range(2):
+        engine.blocks.guides += torch.tensor([0, 0, 3])
+        worker.look()
+    assert [r.message for r in caplog.records if "not finite in 3 guides" in r.message] != []
+    assert sum("not finite" in record.message for record in caplog.records) == 1
+
+
+def test_the_requests_vllm_warms_its_kernels_with_are_not_counted(engine: Any) -> None:
+    """Hundreds of them, with drafts nobody accepts, looked like an acceptance that has collapsed."""
+    for id in ("_warmup_0_", "_v2_mixed_warmup_decode_", "a"):
+        for drafts, start, accepted in ((None, 0, 4), ([K], 5, 0)):
+            engine.blocks.verified([id], drafts, torch.tensor([start]), torch.tensor([accepted]), steered=True)
+    counts = engine.blocks.read()
+    assert counts.steered.sum() == 1 and counts.unsteered.sum() == 0
+
+
 def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
     worker = reporter.Reporter(engine, ACCEPTANCE, 0)
     server = gauges("counted")
@@ -173,7 +191,7 @@ def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
     round_of(blocks, "a", None, [0], [4])
     round_of(blocks, "a", [K], [5], [3], on=False)
     round_of(blocks, "a", [K], [9], [1], on=False)
-    blocks.guided(torch.tensor([[3.0, 4.0], [0.0, 7.0]]))
+    blocks.guides += torch.tensor([2, 12, 0])
     worker.look()
     server.record(None, None, mm_cache_stats=None, engine_idx=0)
     first = exposed("counted")
@@ -184,7 +202,7 @@ def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
         "recorded_accepted_tokens_greedy": 0.9375,
         "recorded_accepted_tokens_sampled": pytest.approx(0.25 + 0.25**2 + 0.25**3 + 0.25**4),
     }  # fmt: skip
-    blocks.guided(torch.tensor([[0.0, 1.0]]))
+    blocks.guides += torch.tensor([1, 1, 0])
     engine.scale = 0
     worker.look()
     server.record(None, None)

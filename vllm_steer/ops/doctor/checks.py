@@ -228,7 +228,8 @@ def memory(case: Case) -> Iterable[Finding]:
     """What steering adds on each rank: weights, and buffers for `max_num_seqs` requests."""
     requests = case.max_num_seqs or case.engine.scheduler_config.max_num_seqs
     dtype = case.engine.model_config.dtype
-    added = added_bytes(case.config, requests, dtype.itemsize, case.tensor_parallel_size)
+    rows = introspection.max_rows(case.engine)
+    added = added_bytes(case.config, requests, rows, dtype.itemsize, case.tensor_parallel_size)
     seen = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in added.items())
     seen += f" a rank, in {str(dtype).removeprefix('torch.')}, for {requests} requests"
     total = introspection.device_memory()
@@ -240,10 +241,10 @@ def memory(case: Case) -> Iterable[Finding]:
         yield Finding("memory", OK, seen)
 
 
-def added_bytes(config: SteeringConfig, requests: int, item: int, ranks: int = 1) -> dict[str, int]:
+def added_bytes(config: SteeringConfig, requests: int, rows: int, item: int, ranks: int = 1) -> dict[str, int]:
     """{"weights", "buffers"} of one of `ranks` workers, laid out as in serving/injection.py, `item` bytes a number."""
-    steering = Steering(config, device="meta")
+    steering, hidden = Steering(config, device="meta"), config.target.hidden_size
     whole, shared = sum(p.numel() for p in steering.parameters()), steering.output.weight.numel()
     deltas = (requests + 1) * config.projection_size // ranks * item
-    window = (speculative(config, "")["num_speculative_tokens"] + 2) * requests
-    return {"weights": (whole - shared + shared // ranks) * item, "buffers": deltas + 2 * 8 * window}
+    guides = requests * 5 * hidden * item  # three states, the guide, its LayerNorm
+    return {"weights": (whole - shared + shared // ranks) * item, "buffers": deltas + guides + 4 * rows}

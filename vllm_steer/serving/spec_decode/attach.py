@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
@@ -24,3 +25,11 @@ def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device)
         injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device)
         Reporter(injection, injection.config.acceptance, vllm_config.parallel_config.data_parallel_index).start()
     return injection
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of host integers on the device, without waiting for it.
+
+    The copy is made from memory of its own: vLLM may change the array before an asynchronous one has read it.
+    """
+    return torch.tensor(array, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -11,7 +11,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.spec_decode.attach import attach
+from vllm_steer.serving.spec_decode.attach import attach, upload
 
 
 class SteeredDraftModelProposer(DraftModelProposer):
@@ -59,20 +59,8 @@ class SteeredDraftModelProposer(DraftModelProposer):
     ) -> tuple[int, Tensor, Any]:
         """As vLLM's, after the guides of this round are taken from target_hidden_states [tokens, states x H]."""
         if self.injection is not None:
-            last_accepted = cad.query_start_loc[1:] - 1
-            if num_rejected_tokens_gpu is not None:
-                last_accepted = last_accepted - num_rejected_tokens_gpu
-            self.injection.set_guides(target_hidden_states[last_accepted])
-            if (blocks := self.injection.blocks) is not None:
-                first = cad.query_start_loc[:-1]
-                blocks.verified(
-                    self.runner.input_batch.req_ids[: cad.batch_size()],
-                    self._verified,
-                    start=cad.seq_lens - (cad.query_start_loc[1:] - first),
-                    accepted=last_accepted - first,
-                    steered=self.injection.scale != 0,
-                )
-        out = super().set_inputs_first_pass(
+            self._steer_first_pass(target_hidden_states, cad, num_rejected_tokens_gpu)
+        return super().set_inputs_first_pass(
             target_token_ids,
             next_token_ids,
             target_positions,
@@ -81,17 +69,22 @@ class SteeredDraftModelProposer(DraftModelProposer):
             cad,
             num_rejected_tokens_gpu,
         )
-        if self.injection is not None:
-            _, newest, new_cad = out
-            batch = cad.batch_size()
-            prompt_len = torch.from_numpy(self.runner.input_batch.num_prompt_tokens[:batch])
-            self.injection.steer_window(
-                newest=newest.long(),
-                position=self.positions[newest],
-                first_row=new_cad.query_start_loc[:batch],
-                prompt_len=prompt_len.to(self.device, non_blocking=True),
+
+    def _steer_first_pass(self, states: Tensor, cad: Any, rejected: Tensor | None) -> None:
+        injection, batch, n = self.injection, self.runner.input_batch, cad.batch_size()
+        assert injection is not None
+        start = cad.query_start_loc[: n + 1]
+        injection.set_guides(states.chunk(3, -1), start, rejected)
+        if (blocks := injection.blocks) is not None:
+            length = start[1:] - start[:-1]
+            blocks.verified(
+                batch.req_ids[:n],
+                self._verified,
+                start=cad.seq_lens[:n] - length,
+                accepted=length - 1 if rejected is None else length - 1 - rejected[:n],
+                steered=injection.scale != 0,
             )
-        return out
+        injection.steer_window(start, rejected, cad.seq_lens, upload(batch.num_prompt_tokens[:n], self.device))
 
     def _update_positions_dependent_metadata(
         self, positions: Tensor, common_attn_metadata: Any, batch_size: int, *args: Any, **kwargs: Any

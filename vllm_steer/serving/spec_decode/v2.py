@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.spec_decode.attach import attach
+from vllm_steer.serving.spec_decode.attach import attach, upload
 
 
 class SteeredSpeculator(StandaloneARSpeculator):
@@ -62,28 +62,20 @@ class SteeredSpeculator(StandaloneARSpeculator):
             self.injection.off()
 
     def _steer_first_pass(self, batch: Any, states: list[Tensor], num_rejected: Tensor) -> None:
-        n = batch.num_reqs
-        start = batch.query_start_loc[:n].long()
-        accepted = batch.query_start_loc[1 : n + 1] - batch.query_start_loc[:n] - num_rejected[:n]
-        last = start + accepted - 1
-        self.injection.set_guides(torch.cat([layer[last] for layer in states], dim=-1))
+        injection, n = self.injection, batch.num_reqs
+        start = batch.query_start_loc[: n + 1]
+        injection.set_guides(states, start, num_rejected)
         # With a grammar and asynchronous scheduling vLLM verifies fewer drafts than it says: those are not counted.
-        if (blocks := self.injection.blocks) is not None and not batch.has_structured_output_reqs:
+        if (blocks := injection.blocks) is not None and not batch.has_structured_output_reqs:
+            length = start[1:] - start[:-1]
             blocks.verified(
                 batch.req_ids,
                 batch.num_draft_tokens_per_req,
-                start=batch.positions[start],
-                accepted=accepted - 1,
-                steered=self.injection.scale != 0,
+                start=batch.seq_lens[:n] - length,
+                accepted=length - num_rejected[:n] - 1,
+                steered=injection.scale != 0,
             )
-        # vLLM lays request i out one row later for every request before it: each gained its newest token.
-        first_row = start + torch.arange(n, device=start.device)
-        self.injection.steer_window(
-            newest=first_row + accepted,
-            position=batch.positions[start] + accepted,
-            first_row=first_row,
-            prompt_len=torch.from_numpy(batch.prefill_len_np[:n]).to(start.device, non_blocking=True),
-        )
+        injection.steer_window(start, num_rejected, batch.seq_lens, upload(batch.prefill_len_np[:n], self.device))
 
     def _multi_step_decode(self, input_batch: Any, num_rejected: Tensor, num_reqs: int, skip_attn: bool, *args: Any):
         if not skip_attn:

@@ -12,11 +12,14 @@ Shape legend: B requests in the batch, k draft length.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+WARM_UP = re.compile(r"_(v2_mixed_)?warmup_")  # vllm/v1/worker/gpu/warmup.py; no request of a user begins with "_"
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class Counts:
 
     steered: Tensor  # [k + 1, k + 1] float64: blocks drafted with steering on, by drafts verified and drafts accepted
     unsteered: Tensor  # the same for blocks drafted while the scale was 0
-    guides: float  # how many guides were made ...
-    guide_norms: float  # ... and the sum of their norms
+    guides: float  # how many guides were made of finite numbers ...
+    guide_norms: float  # ... the sum of their norms ...
+    broken: float  # ... and how many others, which drafted unsteered
 
     @property
     def accepted(self) -> float:
@@ -49,9 +53,10 @@ class Blocks:
         self._side = draft_length + 1
         cells = 2 * self._side**2  # unsteered, steered
         pinned = self._pinned = device.type != "cpu"
-        self._counts = torch.zeros(cells + 3, device=device, dtype=torch.float64)  # then: not ours, guides, norms
+        self._counts = torch.zeros(cells + 4, device=device, dtype=torch.float64)  # then: not ours, guides
         self._nowhere = cells
-        self._host = torch.zeros(cells + 3, dtype=torch.float64, pin_memory=True) if pinned else self._counts
+        self.guides = self._counts[-3:]  # good ones, the sum of their norms, broken ones: the injection adds to it
+        self._host = torch.zeros(cells + 4, dtype=torch.float64, pin_memory=True) if pinned else self._counts
         self._ones = torch.ones(max_num_seqs, device=device, dtype=torch.float64)
         self._newest = torch.zeros(max_num_seqs, device=device, dtype=torch.int64)  # of the last round, by row
         self._rows: dict[str, int] = {}  # of the last round, by request
@@ -72,7 +77,7 @@ class Blocks:
         """
         n = len(ids)
         if drafts is not None:
-            rows = [self._rows.get(id, -1) if d else -1 for id, d in zip(ids, drafts, strict=True)]
+            rows = [self._row(id) if d else -1 for id, d in zip(ids, drafts, strict=True)]
             if max(rows) >= 0:
                 host = torch.tensor([rows, list(map(int, drafts))], pin_memory=self._pinned)
                 row, verified = host.to(start.device, non_blocking=True)
@@ -85,14 +90,13 @@ class Blocks:
         if self._pinned:
             self._host.copy_(self._counts, non_blocking=True)
 
-    @torch.inference_mode()
-    def guided(self, guide: Tensor) -> None:
-        """guide [B, H]: the guides of a round."""
-        self._counts[-2] += guide.shape[0]
-        self._counts[-1] += torch.linalg.vector_norm(guide, dim=-1, dtype=torch.float32).sum()
+    def _row(self, id: str) -> int:
+        """The request's row in the last round; -1 if it has none, or is one that vLLM warms its kernels with."""
+        return -1 if WARM_UP.match(id) else self._rows.get(id, -1)
 
     def read(self) -> Counts:
         """What has been counted, without waiting for the device; any thread may ask."""
         host = self._host.clone()
         unsteered, steered = host[: self._nowhere].view(2, self._side, self._side)
-        return Counts(steered, unsteered, guides=float(host[-2]), guide_norms=float(host[-1]))
+        guides, norms, broken = host[-3:].tolist()
+        return Counts(steered, unsteered, guides, norms, broken)

@@ -71,6 +71,7 @@ class Reporter(threading.Thread):
         self._guides = self._norms = self._norm = 0.0
         self._file: Path | None = None
         self._lost = False  # the file could not be written; it may be again
+        self._told_broken = False
         try:
             self._who = {"pid": os.getpid(), "namespace": namespace(), "ancestors": ancestors(), "engine": engine}
             self._file = directory() / f"{os.getpid()}-{time.time_ns()}.json"
@@ -96,6 +97,13 @@ class Reporter(threading.Thread):
         counts = injection.blocks.read()
         if (warning := self._watchdog.judge(counts)) is not None:
             logger.warning(warning)
+        if counts.broken and not self._told_broken:
+            self._told_broken = True
+            logger.warning(
+                "the target's hidden states were not finite in %d guides: those blocks are drafted unsteered; the "
+                "output is still the target's, but look at the target's dtype and quantisation",
+                counts.broken,
+            )
         if self._file is None:
             return
         report = self._who | self._report(counts, injection.scale)
