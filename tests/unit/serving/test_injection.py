@@ -70,10 +70,13 @@ def steer(found: Injection, states: torch.Tensor, *requests: tuple[int, int, int
 
     `states` [requests, 3H] are those of the last accepted rows, all others are NaN: no one may read them.
     """
-    lengths, rejected, seq_lens, prompt_lens = (torch.tensor(each) for each in zip(*requests, strict=True))
-    start = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    rows = torch.full((int(start[-1]), states.shape[-1]), torch.nan)
-    rows[start[1:] - 1 - rejected] = states
+    device = found.entry.device
+    lengths, rejected, seq_lens, prompt_lens = (
+        torch.tensor(each, device=device) for each in zip(*requests, strict=True)
+    )
+    start = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), lengths.cumsum(0)])
+    rows = torch.full((int(start[-1]), states.shape[-1]), torch.nan, device=device)
+    rows[start[1:] - 1 - rejected] = states.to(device)
     found.set_guides(rows.chunk(3, -1), start, rejected)
     found.steer_window(start, rejected, seq_lens, prompt_lens)
 
@@ -246,3 +249,46 @@ def test_the_gpu_kernels_compute_what_the_cpu_code_does() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert '"checks_passed": true' in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_round_on_a_gpu(steered: Path, dtype: torch.dtype) -> None:
+    """The same numbers as everywhere, from five launches of ours, without a wait for the device."""
+    device = torch.device("cuda")
+    found = Injection(make_plan(steered), device, dtype)
+    found.blocks = Blocks(MAX_SEQS, K, device)
+    states = torch.randn(3, 384, generator=torch.Generator().manual_seed(0)).to(dtype)
+    states[2, 5] = torch.nan
+    requests = ((5, 2, 12, 5), (3, 0, 3, 3), (4, 1, 9, 2))
+    steer(found, states, *requests)
+    want = checkpoint.load(steered)(states.float())
+    want[2] = 0
+    exact = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(found.deltas[1:4].float().cpu(), want, rtol=exact, atol=exact)
+    entries = [1, 1, 1, 1, 0, 0, 0, 0, 0, 2, 3, 3, 3, 3, 0]
+    assert found.entry.tolist() == entries + [0] * (MAX_ROWS - len(entries))
+    assert found.blocks.guides[[0, 2]].tolist() == [2, 1]
+
+    module = SteeredActivation(SiluAndMul(), found.deltas[:, 1], found.entry, found._cpu_rows)
+    gate_up = torch.randn(15, 192, device=device, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    right = nn.functional.silu(gate) * (up + found.deltas[found.entry[:15], 1].double())
+    torch.testing.assert_close(module(gate_up).double(), right, rtol=exact, atol=exact)
+
+    lengths = torch.tensor([0, 5, 8, 12], device=device)
+    there = [torch.tensor(each, device=device) for each in zip(*requests, strict=True)]
+    rows = torch.randn(12, 384, device=device, dtype=dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            found.set_guides(rows.chunk(3, -1), lengths, there[1])
+            found.steer_window(lengths, *there[1:])
+            for _ in range(K - 1):
+                found.steer_drafts(3)
+            found.off()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    ours = [name for name in names if name.startswith("_") or "FillFunctor" in name]
+    assert len(ours) == 5 and len(names) <= 11, names

@@ -246,7 +246,7 @@ def test_a_mode_changes_what_it_names_and_nothing_else(folder: Path, tmp_path: P
     monkeypatch.setattr(writing, "write", spy)
     trainer.train(options(folder, tmp_path / "out", mode=mode))
     plain = weights(folder / "drafter")
-    same = [torch.equal(plain[name], tensor) for name, tensor in seen["drafter"].items()]
+    same = [torch.equal(plain[name], tensor.cpu()) for name, tensor in seen["drafter"].items()]
     assert all(same) if mode == "steer" else not any(same)
     assert checkpoint.has_steering(tmp_path / "out") == (mode != "distill")
     assert (tmp_path / "out" / "model.safetensors").exists() == (mode != "steer")
@@ -467,6 +467,7 @@ def test_the_best_evaluation_or_the_last_is_kept(folder: Path, tmp_path: Path, k
         assert torch.equal(found, want)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="NCCL wants a GPU for each process")
 def test_several_processes_train_one_model(folder: Path, tmp_path: Path) -> None:
     """torchrun with two: each has half the rows of a step, one writes, the weights are those of one process.
 
