@@ -116,10 +116,13 @@ def check_rows(device: str, requests: int) -> float:
         for row in range(max(int(start[i]) + i, newest - K - 1), newest + 1):
             position = row - int(start[i]) - i + int(seq_lens[i] - length[i])
             wanted[row] = i + 1 if position >= prompt_lens[i] else 0
-    entry = torch.full_like(wanted, -1).to(device)
-    there = [each.to(device) for each in (start, rejected, seq_lens, prompt_lens)]
-    kernels.steer_window(entry, *there, requests, K + 2)
-    wrong = int((entry.cpu() != wanted).sum())
+    entry = torch.empty_like(wanted).to(device)
+    wrong = 0
+    for prompts in (prompt_lens, prompt_lens.long()):  # the runners' integers have 32 or 64 bits
+        there = [each.to(device) for each in (start, rejected, seq_lens, prompts)]
+        entry.fill_(-1)
+        kernels.steer_window(entry, *there, requests, K + 2)
+        wrong += int((entry.cpu() != wanted).sum())
     entry.fill_(-1)
     kernels.steer_drafts(entry, requests)
     drafts = torch.zeros_like(wanted)

@@ -73,7 +73,7 @@ def _gather_kernel(
     low, mid, high, low_stride, mid_stride, high_stride, start, rejected, out, hidden, factor, BLOCK: tl.constexpr
 ):
     request, part = tl.program_id(0), tl.program_id(1)
-    last = (tl.load(start + request + 1) - 1 - tl.load(rejected + request)).to(tl.int64)
+    last = tl.load(start + request + 1).to(tl.int64) - 1 - tl.load(rejected + request).to(tl.int64)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     mask = column < hidden
     if part == 0:
@@ -138,16 +138,18 @@ def _window_kernel(
     entry, start, rejected, seq_lens, prompt_lens, num_requests, num_rows, WINDOW: tl.constexpr, BLOCK: tl.constexpr
 ):
     request = tl.program_id(0)
-    begin = tl.load(start + request) + request  # every request before this one gained a row
+    start_row = tl.load(start + request).to(tl.int32)  # the runners' integers have 32 or 64 bits
+    begin = start_row + request  # every request before this one gained a row
     end = num_rows
     newest = begin - 1
     oldest = begin
     if request < num_requests:
-        length = tl.load(start + request + 1) - tl.load(start + request)
+        length = tl.load(start + request + 1).to(tl.int32) - start_row
         end = begin + length + 1
-        newest = begin + length - tl.load(rejected + request)
+        newest = begin + length - tl.load(rejected + request).to(tl.int32)
         # Position p is in row p - (seq_len - length) + begin: the first row that is not of the prompt.
-        answer = begin + tl.load(prompt_lens + request) - (tl.load(seq_lens + request) - length)
+        prompt_len = tl.load(prompt_lens + request).to(tl.int32)
+        answer = begin + prompt_len - (tl.load(seq_lens + request).to(tl.int32) - length)
         oldest = tl.maximum(newest - WINDOW + 1, tl.maximum(begin, answer))
     for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)

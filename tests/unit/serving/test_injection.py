@@ -75,7 +75,7 @@ def steer(found: Injection, states: torch.Tensor, *requests: tuple[int, int, int
         torch.tensor(each, device=device) for each in zip(*requests, strict=True)
     )
     start = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), lengths.cumsum(0)])
-    rows = torch.full((int(start[-1]), states.shape[-1]), torch.nan, device=device)
+    rows = torch.full((int(start[-1]), states.shape[-1]), torch.nan, device=device, dtype=states.dtype)
     rows[start[1:] - 1 - rejected] = states.to(device)
     found.set_guides(rows.chunk(3, -1), start, rejected)
     found.steer_window(start, rejected, seq_lens, prompt_lens)
@@ -264,7 +264,7 @@ def test_a_round_on_a_gpu(steered: Path, dtype: torch.dtype) -> None:
     steer(found, states, *requests)
     want = checkpoint.load(steered)(states.float())
     want[2] = 0
-    exact = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    exact = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 4e-3}[dtype]
     torch.testing.assert_close(found.deltas[1:4].float().cpu(), want, rtol=exact, atol=exact)
     entries = [1, 1, 1, 1, 0, 0, 0, 0, 0, 2, 3, 3, 3, 3, 0]
     assert found.entry.tolist() == entries + [0] * (MAX_ROWS - len(entries))
@@ -279,16 +279,25 @@ def test_a_round_on_a_gpu(steered: Path, dtype: torch.dtype) -> None:
     lengths = torch.tensor([0, 5, 8, 12], device=device)
     there = [torch.tensor(each, device=device) for each in zip(*requests, strict=True)]
     rows = torch.randn(12, 384, device=device, dtype=dtype)
+
+    def round_of() -> None:
+        found.set_guides(rows.chunk(3, -1), lengths, there[1])
+        found.steer_window(lengths, *there[1:])
+        for _ in range(K - 1):
+            found.steer_drafts(3)
+        found.off()
+
+    round_of()
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            found.set_guides(rows.chunk(3, -1), lengths, there[1])
-            found.steer_window(lengths, *there[1:])
-            for _ in range(K - 1):
-                found.steer_drafts(3)
-            found.off()
+        round_of()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        round_of()
+        torch.cuda.synchronize()
     names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
     ours = [name for name in names if name.startswith("_") or "FillFunctor" in name]
     assert len(ours) == 5 and len(names) <= 11, names
