@@ -26,8 +26,8 @@ logger = logging.getLogger("vllm.steer")
 def prepare(vllm_config: VllmConfig) -> None:
     """Look at a new engine configuration; if it names a steered drafter, check everything and write the plan.
 
-    Raises SteeringError for a steered drafter that cannot be served as asked, for any drafter with prompt embeddings,
-    and for a kill switch that is neither on nor off. Leaves all others untouched.
+    Raises SteeringError for a steered drafter that cannot be served as asked, for any drafter with prompt embeddings or
+    (V2) beside data-parallel experts, and for a kill switch that is neither on nor off. Leaves all others untouched.
     """
     off = disabled()
     options = Options.read(vllm_config.additional_config)
@@ -40,6 +40,7 @@ def prepare(vllm_config: VllmConfig) -> None:
                 "give --speculative-config with the adapter's base drafter as model"
             )
         return
+    _refuse_parallel_experts(vllm_config)
     if written(vllm_config) is not None:
         return  # vLLM copies configurations, and every copy passes here again
     source, revision = source_of(draft, options)
@@ -97,6 +98,18 @@ def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
             f"prompt embeddings (--enable-prompt-embeds) do not work with the drafter of this server ({spec.method}), "
             "which needs the token ids of every prompt: drop --enable-prompt-embeds, or serve without "
             "--speculative-config"
+        )
+
+
+def _refuse_parallel_experts(vllm_config: VllmConfig) -> None:
+    """Refuse a draft model, steered or plain, where vLLM's V2 runner ends with a bare assertion at the first batch."""
+    size = vllm_config.parallel_config.data_parallel_size
+    v2 = getattr(vllm_config, "use_v2_model_runner", False)
+    if v2 and size > 1 and vllm_config.model_config.is_moe:
+        raise SteeringError(
+            f"data_parallel_size is {size} and the target is a mixture of experts: vLLM's V2 runner cannot draft with "
+            "a draft model then. Serve with data_parallel_size 1 (several servers behind a load balancer do the same), "
+            "or without --speculative-config"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,22 @@ def test_no_drafter_with_prompt_embeddings(
     engine_config(target, None, enable_prompt_embeds=True)
     ngrams = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     engine_config(target, None, enable_prompt_embeds=True, spec=ngrams)
+
+
+@pytest.mark.parametrize(("v2", "size", "moe", "refused"), [
+    (True, 2, True, True), (False, 2, True, False), (True, 1, True, False), (True, 2, False, False),
+])  # fmt: skip
+def test_no_draft_model_beside_data_parallel_experts_on_v2(v2: bool, size: int, moe: bool, refused: bool) -> None:
+    config = SimpleNamespace(
+        use_v2_model_runner=v2,
+        parallel_config=SimpleNamespace(data_parallel_size=size),
+        model_config=SimpleNamespace(is_moe=moe, enable_prompt_embeds=False),
+        speculative_config=SimpleNamespace(method="draft_model", draft_model_config=SimpleNamespace(model="none")),
+        additional_config={},
+    )
+    with pytest.raises(Exception) as told:  # what is not refused goes on to read the draft model, which is not there
+        admission.prepare(config)
+    assert ("data_parallel_size is 2 and the target is a mixture of experts" in str(told.value)) == refused
 
 
 @pytest.mark.parametrize(
