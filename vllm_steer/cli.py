@@ -1,5 +1,7 @@
 """The console script `vllm-steer`: verbs, and the functions they call, imported when used.
 
+What a verb does is in the module that OPTION_VERBS names for it: `serve` in ops/launch.py, `bench` in bench/run.py.
+
 Nothing here imports torch: `vllm-steer --help` answers at once.
 """
 

@@ -191,18 +191,18 @@ class Injection:
         self.entry.zero_()
         self.entry[rows] = entries.int()
         if not rows.numel():
-            self._say(CpuRows())
+            self._set_cpu_rows(CpuRows())
             return
         first, end = int(rows.min()), int(rows.max()) + 1
         if end - first > 2 * rows.numel():  # a prompt lies between
-            self._say(CpuRows(rows=rows, entries=entries, count=rows.numel()))
+            self._set_cpu_rows(CpuRows(rows=rows, entries=entries, count=rows.numel()))
         elif end - first == rows.numel() and int(entries.max()) == 1:
-            self._say(CpuRows(first=first, count=end - first, alone=True))
+            self._set_cpu_rows(CpuRows(first=first, count=end - first, alone=True))
         else:
-            self._say(CpuRows(first=first, count=end - first, entries=self.entry[first:end].clone()))
+            self._set_cpu_rows(CpuRows(first=first, count=end - first, entries=self.entry[first:end].clone()))
 
-    def _say(self, rows: CpuRows) -> None:
-        vars(self._cpu_rows).update(vars(rows))
+    def _set_cpu_rows(self, rows: CpuRows) -> None:
+        vars(self._cpu_rows).update(vars(rows))  # in place: every layer holds this one object
 
     @torch.inference_mode()
     def steer_drafts(self, num_requests: int) -> None:
@@ -217,14 +217,14 @@ class Injection:
             return
         self.entry.zero_()
         self.entry[:num_requests] = torch.arange(1, num_requests + 1)
-        self._say(CpuRows(count=num_requests))
+        self._set_cpu_rows(CpuRows(count=num_requests))
 
     @torch.inference_mode()
     def off(self) -> None:
         """No row is steered: profiling and dummy runs have rows of their own."""
         self._drafting = False
         self.entry.zero_()
-        self._say(CpuRows())
+        self._set_cpu_rows(CpuRows())
 
 
 def _multiply_like_vllm(steering: Steering) -> None:
