@@ -3,6 +3,7 @@
 #   make demo                 serve the tiny pair unspeculated, plain and steered, and compare
 #   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
 #   make test                 the test suite            (one file: make test ARGS=tests/unit/drafters/test_config.py)
+#   make test-newer           the core of it on the next vLLM, of which there is no CPU build (tests/support/newer.py)
 #   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
 #   make lint, make docs, make package, make clean
 #
@@ -18,13 +19,16 @@ BIN := $(abspath $(VENV))/bin
 TORCH  := 2.13.0
 VLLM   := 0.32.0
 TRITON := 3.9.0
+NEWER  := 0.33.0
+NEWER_TESTS := tests/engine/test_parity.py tests/engine/test_lossless.py tests/engine/test_patches.py \
+	tests/engine/test_features.py tests/unit/serving/test_plan.py
 comma := ,
 LOG := $(abspath $(VENV))/pip.log
 # $(call pip,ARGUMENTS): into the log; on the screen only the end of it, and only when pip fails.
 pip = @echo "          pip $(1)"; $(BIN)/python -m pip --disable-pip-version-check --no-input $(1) >>$(LOG) 2>&1 \
 	|| { tail -20 $(LOG); echo "pip failed: all of it is in $(LOG)"; exit 1; }
 
-.PHONY: demo test install venv triton lint docs package clean
+.PHONY: demo test test-newer install venv triton lint docs package clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -34,6 +38,12 @@ demo: install
 test: install triton
 	@echo "[test] without the tests marked gpu, real_pair and slow; with them: make test ARGS='-m \"\"'"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# All of it takes an hour: make test-newer ARGS='-m "" tests/engine tests/server tests/unit/serving'
+test-newer: install triton
+	$(BIN)/python tests/support/newer.py $(NEWER) $(abspath $(VENV))/share/vllm-$(NEWER)
+	PYTHONPATH=$(abspath $(VENV))/share/vllm-$(NEWER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		$(or $(ARGS),$(NEWER_TESTS))
 
 install: $(VENV)/.installed-$(EXTRA)
 

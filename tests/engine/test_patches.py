@@ -109,7 +109,8 @@ def test_a_patch_applies_and_says_what_it_is_for(patch: Path, tree: Callable[...
         assert (VLLM.parent / file).read_bytes() == text != (found / file).read_bytes()
         compile((found / file).read_text(encoding="utf-8"), str(file), "exec")
     head, _, diff = patch.read_text(encoding="utf-8").partition("\n--- a/")
-    assert diff and head.startswith("[") and f"Against vLLM {patching.WORKS_WITH}." in head
+    releases = " and ".join(f"{release}.0" for release in patching.RELEASES)
+    assert diff and head.startswith("[") and f"Against vLLM {releases}." in head
     assert "steer" not in patch.read_text(encoding="utf-8").lower(), "upstream knows nothing of this project"
 
 

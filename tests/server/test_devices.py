@@ -237,8 +237,11 @@ def test_data_parallel(pair: Pair, tmp_path: Path) -> None:
 
 REMEDY = f"install .*, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
 UNKNOWN = {
-    "newer": ({"STEER_TEST_VERSION": "0.33.0"}, "this is vLLM 0.33.0, vllm-steer works with 0.32: "),
-    "runner_changed": ({"STEER_TEST_BROKEN": RUNNER}, r"\(0.32.*\) has no place for steering: .*DraftModelProposer"),
+    "newer": ({"STEER_TEST_VERSION": "0.34.0"}, "this is vLLM 0.34.0, vllm-steer works with 0.32 and 0.33: "),
+    "runner_changed": (
+        {"STEER_TEST_BROKEN": RUNNER},
+        r"\(0\.3[23].*\) has no place for steering: .*DraftModelProposer",
+    ),
     "front_end_changed": (
         {"STEER_TEST_BROKEN": FRONT_END},
         "steered.* was not called to check it in the front end: this",

@@ -124,6 +124,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "sleep mode, which loses the steering's weights,": vllm_config.model_config.enable_sleep_mode,
         "adaptive verification": getattr(spec, "enable_adaptive_verification", False),
         "heterogeneous vocabularies": getattr(spec, "use_heterogeneous_vocab", False),
+        "lossy verification (rejection_sample_method 'fly')": spec.rejection_sample_method == "fly",
     }
     for name, asked in refused.items():
         if asked:
@@ -133,7 +134,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             )
     v2 = getattr(vllm_config, "use_v2_model_runner", False)
     draft, length = spec.draft_model_config, vllm_config.model_config.max_model_len
-    if v2 and draft.max_model_len < length:
+    limits = hasattr(vllm_config, "_limit_max_model_len_to_draft")  # vLLM 0.33: lowers the server's context instead
+    if v2 and draft.max_model_len < length and not limits:
         raise SteeringError(
             f"the drafter {draft.model!r} has a context of {draft.max_model_len} tokens, the server one of {length}; "
             f"vLLM's V2 runner drafts past the drafter's end and crashes: give --max-model-len {draft.max_model_len} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -22,7 +23,9 @@ from vllm_steer.serving.kill_switch import KILL_SWITCH
 
 logger = logging.getLogger("vllm.steer")
 
-WORKS_WITH = "0.32"
+RELEASES = ("0.32", "0.33")  # docs/support.md says what was tested on each
+WORKS_WITH = " and ".join(RELEASES)
+UNTESTED = "STEER_UNTESTED_VLLM"  # an environment variable: the one further release to steer on all the same
 Undo = Callable[[], None]
 
 
@@ -105,7 +108,7 @@ def ways() -> dict[str, str]:
 
 def known(version: str) -> bool:
     """Whether the seams were made for this release of vLLM."""
-    return f"{version}.".startswith(f"{WORKS_WITH}.")
+    return any(f"{version}.".startswith(f"{release}.") for release in RELEASES)
 
 
 def reach(seam: Seam) -> None:
@@ -120,9 +123,9 @@ def require(v2: bool) -> None:
     """Raise SteeringError unless vLLM is a known release and every seam the chosen model runner needs is in place."""
     import vllm
 
-    remedy = f"install that, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
+    remedy = f"install one of these, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
     if not known(vllm.__version__):  # names may stay while their meaning moves
-        raise SteeringError(f"this is vLLM {vllm.__version__}, vllm-steer works with {WORKS_WITH}: {remedy}")
+        _require_consent(vllm.__version__, remedy)
     for seam in _table:
         if not seam.required or seam.runner not in ("both", "v2" if v2 else "v1"):
             continue
@@ -133,6 +136,22 @@ def require(v2: bool) -> None:
                 f"{_problems.get(seam, f'{seam.module}:{seam.name} was not replaced')}. vllm-steer works with vLLM "
                 f"{WORKS_WITH}: {remedy}"
             )
+
+
+def _require_consent(version: str, remedy: str) -> None:
+    """Raise SteeringError unless UNTESTED names this very release: consent to one is not consent to the next."""
+    if os.environ.get(UNTESTED) != version:
+        raise SteeringError(
+            f"this is vLLM {version}, vllm-steer works with {WORKS_WITH}: {remedy}. {UNTESTED}={version} steers all "
+            "the same, at your risk: vLLM may have changed what steering relies on without renaming it, and then "
+            "acceptance falls, or the output is no longer the target's"
+        )
+    logger.warning(
+        "steering on vLLM %s, which vllm-steer was not tested with (%s is set): compare the output with the "
+        "target's own, and the acceptance with the checkpoint's",
+        version,
+        UNTESTED,
+    )
 
 
 def _apply(seam: Seam, module: ModuleType) -> None:

@@ -128,7 +128,7 @@ def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patching, "WORKS_WITH", "0.3")  # of which 0.32 is no release
+    monkeypatch.setattr(patching, "RELEASES", ("0.3",))  # of which 0.32 is no release
     assert one(checks.vllm_version).status == FAIL
 
 

@@ -218,13 +218,15 @@ def test_refused_by_name(pair: tuple[Path, Path, Path], keys: dict[str, Any], na
         ("parallel_config", "decode_context_parallel_size", "decode context parallelism"),
         ("parallel_config", "prefill_context_parallel_size", "prefill context parallelism"),
         ("speculative_config", "use_heterogeneous_vocab", "heterogeneous vocabularies"),
+        ("speculative_config", "rejection_sample_method", "lossy verification .* 'fly'.*"),
     ],
 )
 def test_refused_by_name_where_vllm_goes_on(
     pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, part: str, key: str, name: str
 ) -> None:
     config = engine_config(pair.target, pair.steered)
-    monkeypatch.setattr(getattr(config, part), key, type(getattr(getattr(config, part), key))(2))
+    now = getattr(getattr(config, part), key)
+    monkeypatch.setattr(getattr(config, part), key, "fly" if isinstance(now, str) else type(now)(2))
     with pytest.raises(SteeringError, match=f"does not work with {name} yet"):
         admission._refuse_unsupported(config)
 
@@ -298,6 +300,24 @@ def test_a_missing_seam_refuses_steered_drafters_only(
         assert runner.DraftModelProposer is original
         patching.undo()
         patches.install()
+
+
+def test_an_untested_vllm_is_steered_by_consent_to_that_release(
+    pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.99.1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    risk = rf"{patching.UNTESTED}=0\.99\.1 steers all the same, at your risk: .* acceptance falls, or the output"
+    for value in (None, "1", "0.99", "0.99.2"):
+        if value is not None:
+            monkeypatch.setenv(patching.UNTESTED, value)
+        with pytest.raises(
+            ValueError, match=rf"this is vLLM 0\.99\.1, vllm-steer works with 0\.32 and 0\.33: .*{risk}"
+        ):
+            engine_config(pair.target, pair.steered)
+    monkeypatch.setenv(patching.UNTESTED, "0.99.1")
+    assert Plan.of(engine_config(pair.target, pair.steered)) is not None
+    assert "steering on vLLM 0.99.1, which vllm-steer was not tested with" in caplog.text
 
 
 def test_every_seam_says_why_and_until_when() -> None:
