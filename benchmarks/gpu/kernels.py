@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.serving import activation, kernels
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.telemetry.block_counter import Blocks
+from vllm_steer.serving.spec_decode.attach import steer_first_pass
+from vllm_steer.serving.telemetry.block_counter import Blocks, Verified, count
 
 K = 5
 EPS = 1e-5
@@ -103,7 +105,7 @@ def check_normalise(device: str, dtype: torch.dtype, requests: int, hidden: int)
 
 
 def check_rows(device: str, requests: int) -> float:
-    """The window and the drafts, row for row, against a loop; every row is written."""
+    """The window, the blocks and the drafts against plain code, row for row; every row is written."""
     length = torch.randint(1, K + 2, (requests,))
     length[requests // 2] = 3000  # a prompt
     rejected = (torch.rand(requests) * length.clamp_max(K + 1)).int()
@@ -116,18 +118,30 @@ def check_rows(device: str, requests: int) -> float:
         for row in range(max(int(start[i]) + i, newest - K - 1), newest + 1):
             position = row - int(start[i]) - i + int(seq_lens[i] - length[i])
             wanted[row] = i + 1 if position >= prompt_lens[i] else 0
+    previous = torch.randperm(requests) - (torch.rand(requests) < 0.3).int() * requests  # below 0: not there
+    drafts = (length - 1).clamp_max(K)
+    before = torch.zeros(requests, dtype=torch.int32)
+    before[previous[previous >= 0]] = (seq_lens - length)[previous >= 0].int()
+    before[::5] += 1  # skipped a round
+    table = torch.stack([prompt_lens, previous.clamp_min(-1), drafts]).int()
     entry = torch.empty_like(wanted).to(device)
     wrong = 0
-    for prompts in (prompt_lens, prompt_lens.long()):  # the runners' integers have 32 or 64 bits
-        there = [each.to(device) for each in (start, rejected, seq_lens, prompts)]
-        entry.fill_(-1)
-        kernels.steer_window(entry, *there, requests, K + 2)
-        wrong += int((entry.cpu() != wanted).sum())
+    for integer in (torch.int32, torch.int64):  # the runners' integers have 32 or 64 bits
+        there = [each.to(device, integer) for each in (start, rejected, seq_lens)]
+        counted = [Verified(torch.zeros(2 * (K + 1) ** 2, dtype=torch.float64), before, -before, (K + 1) ** 2, K + 1)
+                   for _ in range(2)]  # fmt: skip
+        count(counted[0], table[1], table[2], length, rejected, seq_lens)
+        found = Verified(*(each.to(device, copy=True) for each in counted[1][:3]), *counted[1][3:])
+        for window in (0, K + 2):
+            entry.fill_(-1)
+            kernels.steer_window(entry, *there, table.to(device), window, found if window else None)
+            wrong += int((entry.cpu() != (wanted if window else 0)).sum())
+        wrong += sum(int((mine.cpu() != right).sum()) for mine, right in zip(found[:3], counted[0][:3], strict=True))
     entry.fill_(-1)
     kernels.steer_drafts(entry, requests)
-    drafts = torch.zeros_like(wanted)
-    drafts[:requests] = torch.arange(1, requests + 1)
-    return float(wrong + int((entry.cpu() != drafts).sum()))
+    wanted = torch.zeros_like(wanted)
+    wanted[:requests] = torch.arange(1, requests + 1)
+    return float(wrong + int((entry.cpu() != wanted).sum()))
 
 
 def check_kernels(device: str, small: bool) -> dict[str, Any]:
@@ -169,12 +183,11 @@ class Round:
         self.start = torch.arange(0, rows + 1, K + 1, device=device, dtype=torch.int32)
         self.rejected = torch.randint(0, K + 1, (requests,), device=device, dtype=torch.int32)
         self.seq_lens = torch.full((requests,), 500, device=device, dtype=torch.int32)
-        self.prompt_lens = torch.full((requests,), 100, device=device, dtype=torch.int32)
+        self.host = [str(i) for i in range(requests)], np.full(requests, 100), [K] * requests
 
     def __call__(self) -> None:
         """Guides, window, k - 1 passes, off; the drafter's own passes are not ours."""
-        self.injection.set_guides(self.states, self.start, self.rejected)
-        self.injection.steer_window(self.start, self.rejected, self.seq_lens, self.prompt_lens)
+        steer_first_pass(self.injection, self.states, self.start, self.rejected, self.seq_lens, *self.host)
         for _ in range(K - 1):
             self.injection.steer_drafts(self.requests)
         self.injection.off()

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_steer.common.identity import fingerprint
-from vllm_steer.serving.telemetry.block_counter import Blocks
+from vllm_steer.serving.telemetry.block_counter import Blocks, count
 
 
 def valid_config(**changes: Any) -> dict[str, Any]:
@@ -70,4 +71,8 @@ def engine_config(target: Path, drafter: Path | str | None, additional: Any = No
 
 
 def round_of(blocks: Blocks, ids: str, drafts: list[int] | None, start: list[int], accepted: list[int], on=True):
-    blocks.verified(list(ids), drafts, torch.tensor(start), torch.tensor(accepted), on)
+    """Tell `blocks` of a round as the injection does: windows from `start` on, drafts `accepted`."""
+    out = np.zeros((2, len(ids)), dtype=np.int32)
+    verified = blocks.begin([*ids], drafts, out, on)
+    length = torch.tensor(accepted) + 1  # nothing rejected: a block's rows are its accepted drafts and the newest token
+    count(verified, *torch.from_numpy(out), length, torch.zeros_like(length), torch.tensor(start) + length)

@@ -25,7 +25,7 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.module import NORM_EPS, Steering
 from vllm_steer.serving.activation import GATE_FIRST, CpuRows, SteeredActivation, gated_mlps, require_width
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.telemetry.block_counter import Blocks
+from vllm_steer.serving.telemetry.block_counter import Blocks, Verified, count
 
 logger = logging.getLogger("vllm.steer")
 
@@ -62,7 +62,7 @@ class Injection:
         self._states = torch.zeros(n, 3 * hidden, device=device, dtype=dtype)
         self._guides = torch.zeros(n, hidden, device=device, dtype=dtype)
         self._normed = torch.zeros(n, hidden, device=device, dtype=dtype)
-        self._none_rejected = torch.zeros(n, device=device, dtype=torch.int32)
+        self.none_rejected = torch.zeros(n, device=device, dtype=torch.int32)
         self._back = torch.arange(plan.draft_length + 2, device=device)
         self._cpu_rows = CpuRows()
         self._drafting = False  # `entry` is that of the later passes
@@ -103,20 +103,18 @@ class Injection:
         )
 
     @torch.inference_mode()
-    def set_guides(self, states: Sequence[Tensor], start: Tensor, rejected: Tensor | None) -> None:
+    def set_guides(self, states: Sequence[Tensor], start: Tensor, rejected: Tensor) -> None:
         """Make this round's deltas from the target's states at each request's last accepted position.
 
         Args:
             states: the target's three states, low to high, each [rows, H].
             start: [B + 1] integer, on the device: first row of each request among them, and the end.
-            rejected: [>= B] integer, on the device: rows at a request's end that the target rejected; None: none.
+            rejected: [>= B] integer, on the device: rows at a request's end that the target rejected.
         """
         if self.scale == 0:
             return
         n = start.shape[0] - 1
         states_out, guides, normed = self._states[:n], self._guides[:n], self._normed[:n]
-        if rejected is None:
-            rejected = self._none_rejected
         out = self.deltas[1 : n + 1].flatten(1)
         if self._cpu:
             last = start[1:] - 1 - rejected[:n]
@@ -154,36 +152,42 @@ class Injection:
             torch.mm(normed, project.weight.t(), out=out)
 
     @torch.inference_mode()
-    def steer_window(self, start: Tensor, rejected: Tensor | None, seq_lens: Tensor, prompt_lens: Tensor) -> None:
-        """Steer the first pass by the window rule: the newest token and the re-fed verified tokens before it.
+    def steer_window(
+        self, start: Tensor, rejected: Tensor, seq_lens: Tensor, table: Tensor, verified: Verified | None = None
+    ) -> None:
+        """Steer the first pass by the window rule: the newest token and the re-fed verified tokens before it. Count the
+        verified blocks on the way.
 
         The pass has one row more for each request than the target's had: request i begins at row start[i] + i, and its
         newest token follows its last accepted one.
 
         Args (all integer, on the device):
             start: [B + 1] first row of each request in the target's pass, and the end.
-            rejected: [>= B] rows at a request's end that the target rejected; None: none.
+            rejected: [>= B] rows at a request's end that the target rejected.
             seq_lens: [>= B] length of each request up to its last row in the target's pass.
-            prompt_lens: [>= B] positions below this are prompt, never steered.
+            table: [1 or 3, B] int32: length of each prompt, whose positions are never steered; to count, each
+                request's row in the last round and its verified drafts.
+            verified: where blocks are counted; None: nowhere.
         """
-        if self.scale == 0:
-            self.off()
-            return
         n = start.shape[0] - 1
         self._drafting = False
-        if rejected is None:
-            rejected = self._none_rejected
         if not self._cpu:
             from vllm_steer.serving import kernels
 
-            kernels.steer_window(self.entry, start, rejected, seq_lens, prompt_lens, n, len(self._back))
+            window = len(self._back) if self.scale != 0 else 0
+            kernels.steer_window(self.entry, start, rejected, seq_lens, table, window, verified)
             return
-        length = start[1:] - start[:-1]
+        length, rejected, seq_lens = start[1:] - start[:-1], rejected[:n], seq_lens[:n]
+        if verified is not None:
+            count(verified, table[1], table[2], length, rejected, seq_lens)
+        if self.scale == 0:
+            self.off()
+            return
         begin = start[:-1] + torch.arange(n)
-        accepted = length - rejected[:n]
-        position = seq_lens[:n] - length + accepted
+        accepted = length - rejected
+        position = seq_lens - length + accepted
         rows = (begin + accepted)[:, None] - self._back
-        steered = (rows >= begin[:, None]) & (position[:, None] - self._back >= prompt_lens[:n, None])
+        steered = (rows >= begin[:, None]) & (position[:, None] - self._back >= table[0][:, None])
         entries = torch.where(steered, torch.arange(1, n + 1)[:, None], 0)
         self._steer_on_cpu(rows[steered], entries[steered])
 

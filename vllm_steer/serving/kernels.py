@@ -133,10 +133,12 @@ def normalise_guides(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_VARIES)
+@triton.jit(do_not_specialize=[*_VARIES, "offset"])
 def _window_kernel(
-    entry, start, rejected, seq_lens, prompt_lens, num_requests, num_rows, WINDOW: tl.constexpr, BLOCK: tl.constexpr
-):
+    entry, start, rejected, seq_lens, table, counts, before, after,
+    num_requests, num_rows, offset,
+    STEERED: tl.constexpr, COUNT: tl.constexpr, WINDOW: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     request = tl.program_id(0)
     start_row = tl.load(start + request).to(tl.int32)  # the runners' integers have 32 or 64 bits
     begin = start_row + request  # every request before this one gained a row
@@ -145,12 +147,23 @@ def _window_kernel(
     oldest = begin
     if request < num_requests:
         length = tl.load(start + request + 1).to(tl.int32) - start_row
+        reject = tl.load(rejected + request).to(tl.int32)
+        seq_len = tl.load(seq_lens + request).to(tl.int32)
         end = begin + length + 1
-        newest = begin + length - tl.load(rejected + request).to(tl.int32)
-        # Position p is in row p - (seq_len - length) + begin: the first row that is not of the prompt.
-        prompt_len = tl.load(prompt_lens + request).to(tl.int32)
-        answer = begin + prompt_len - (tl.load(seq_lens + request).to(tl.int32) - length)
-        oldest = tl.maximum(newest - WINDOW + 1, tl.maximum(begin, answer))
+        if STEERED:
+            newest = begin + length - reject
+            # Position p is in row p - (seq_len - length) + begin: the first row that is not of the prompt.
+            answer = begin + tl.load(table + request) - (seq_len - length)
+            oldest = tl.maximum(newest - WINDOW + 1, tl.maximum(begin, answer))
+        if COUNT:
+            previous = tl.load(table + num_requests + request)
+            drafts = tl.load(table + 2 * num_requests + request)
+            accepted = length - 1 - reject
+            ours = (previous >= 0) & (drafts > 0) & (accepted >= 0) & (accepted <= drafts)
+            ours = ours & (tl.load(before + tl.maximum(previous, 0)) == seq_len - length)
+            one = tl.where(ours, 1.0, 0.0).to(tl.float64)
+            tl.atomic_add(counts + tl.where(ours, offset + drafts * SIDE + accepted, 0), one)
+            tl.store(after + request, seq_len - reject)
     for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)
         steered = (row >= oldest) & (row <= newest)
@@ -158,12 +171,24 @@ def _window_kernel(
 
 
 def steer_window(
-    entry: Tensor, start: Tensor, rejected: Tensor, seq_lens: Tensor, prompt_lens: Tensor, requests: int, window: int
+    entry: Tensor,
+    start: Tensor,
+    rejected: Tensor,
+    seq_lens: Tensor,
+    table: Tensor,
+    window: int,
+    verified: tuple[Tensor, Tensor, Tensor, int, int] | None,
 ) -> None:
-    """Write every row of entry for the first pass, rows past the batch included: see `Injection.steer_window`."""
+    """Write every row of entry for the first pass, rows past the batch included, and count blocks, in one launch.
+
+    See `Injection.steer_window`. A `window` of 0 steers no row.
+    """
+    counts, before, after, offset, side = verified or (entry, entry, entry, 0, 0)
+    requests = table.shape[1]
     _window_kernel[(requests + 1,)](
-        entry, start, rejected, seq_lens, prompt_lens, requests, entry.shape[0], WINDOW=window, BLOCK=1024
-    )
+        entry, start, rejected, seq_lens, table, counts, before, after, requests, entry.shape[0], offset,
+        STEERED=window > 0, COUNT=verified is not None, WINDOW=window, SIDE=side, BLOCK=1024,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_VARIES)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engines import TRITON
@@ -19,6 +20,7 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.serving.activation import SteeredActivation, gated_mlps
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.spec_decode.attach import steer_first_pass
 from vllm_steer.serving.telemetry.block_counter import Blocks
 
 K = 3
@@ -78,7 +80,7 @@ def steer(found: Injection, states: torch.Tensor, *requests: tuple[int, int, int
     rows = torch.full((int(start[-1]), states.shape[-1]), torch.nan, device=device, dtype=states.dtype)
     rows[start[1:] - 1 - rejected] = states.to(device)
     found.set_guides(rows.chunk(3, -1), start, rejected)
-    found.steer_window(start, rejected, seq_lens, prompt_lens)
+    found.steer_window(start, rejected, seq_lens, prompt_lens[None].int())
 
 
 def added(found: Injection, rows: int, slot: int) -> torch.Tensor:
@@ -173,7 +175,7 @@ def test_a_guide_that_is_not_finite_drafts_unsteered_and_is_counted(steered: Pat
 def test_float16_holds_states_of_1e4(steered: Path) -> None:
     found = Injection(make_plan(steered), torch.device("cpu"), torch.float16)
     states = 1e4 * torch.randn(2, 384).clamp(-3, 3)  # three of them add up to more than float16 holds
-    found.set_guides(states.chunk(3, -1), torch.arange(3), None)
+    found.set_guides(states.chunk(3, -1), torch.arange(3), found.none_rejected)
     want = checkpoint.load(steered)(states)
     assert want.abs().max() > 0.1
     torch.testing.assert_close(found.deltas[1:3].float(), want, rtol=0.02, atol=0.01)
@@ -182,10 +184,10 @@ def test_float16_holds_states_of_1e4(steered: Path) -> None:
 def test_tensor_parallel_shares_make_the_whole(steered: Path) -> None:
     states = torch.randn(3, 384)
     whole = injection(steered)
-    whole.set_guides(states.chunk(3, -1), torch.arange(4), None)
+    whole.set_guides(states.chunk(3, -1), torch.arange(4), whole.none_rejected)
     shares = [injection(steered, tp_rank=rank, tp_size=2) for rank in range(2)]
     for share in shares:
-        share.set_guides(states.chunk(3, -1), torch.arange(4), None)
+        share.set_guides(states.chunk(3, -1), torch.arange(4), share.none_rejected)
     torch.testing.assert_close(torch.cat([share.deltas for share in shares], -1), whole.deltas)
 
 
@@ -277,12 +279,12 @@ def test_a_round_on_a_gpu(steered: Path, dtype: torch.dtype, monkeypatch: pytest
     torch.testing.assert_close(module(gate_up).double(), right, rtol=exact, atol=exact)
 
     lengths = torch.tensor([0, 5, 8, 12], device=device)
-    there = [torch.tensor(each, device=device) for each in zip(*requests, strict=True)]
+    rejected, seq_lens, _ = [torch.tensor(each, device=device) for each in list(zip(*requests, strict=True))[1:]]
     rows = torch.randn(12, 384, device=device, dtype=dtype)
+    prompts, drafts = np.array([5, 3, 2]), [4, 0, 3]
 
     def round_of() -> None:
-        found.set_guides(rows.chunk(3, -1), lengths, there[1])
-        found.steer_window(lengths, *there[1:])
+        steer_first_pass(found, rows.chunk(3, -1), lengths, rejected, seq_lens, ["a", "b", "c"], prompts, drafts)
         for _ in range(K - 1):
             found.steer_drafts(3)
         found.off()
@@ -291,5 +293,5 @@ def test_a_round_on_a_gpu(steered: Path, dtype: torch.dtype, monkeypatch: pytest
     from kernels import launches
 
     counted = launches(round_of)  # raises for a wait
-    ours = [name for name in counted if name.startswith("_") or "FillFunctor" in name]
-    assert sum(counted[name] for name in ours) == 5 and sum(counted.values()) <= 11, counted
+    ours = [name for name in counted if name.startswith("_") or "FillFunctor" in name or "Memcpy" in name]
+    assert sum(counted[name] for name in ours) == 6 and sum(counted.values()) <= 12, counted

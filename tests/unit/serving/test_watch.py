@@ -177,7 +177,7 @@ def test_the_requests_vllm_warms_its_kernels_with_are_not_counted(engine: Any) -
     """Hundreds of them, with drafts nobody accepts, looked like an acceptance that has collapsed."""
     for id in ("_warmup_0_", "_v2_mixed_warmup_decode_", "a"):
         for drafts, start, accepted in ((None, 0, 4), ([K], 5, 0)):
-            engine.blocks.verified([id], drafts, torch.tensor([start]), torch.tensor([accepted]), steered=True)
+            round_of(engine.blocks, [id], drafts, [start], [accepted])
     counts = engine.blocks.read()
     assert counts.steered.sum() == 1 and counts.unsteered.sum() == 0
 

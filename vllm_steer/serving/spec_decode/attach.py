@@ -1,7 +1,8 @@
-"""What both model runners do once a draft model is loaded: build its injection, count its blocks, watch them."""
+"""What both model runners do: build the injection of a loaded draft model, and steer the first pass of a round."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,36 @@ def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device)
     return injection
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of host integers on the device, without waiting for it.
+def steer_first_pass(
+    injection: Injection,
+    states: Sequence[Tensor],
+    start: Tensor,
+    rejected: Tensor | None,
+    seq_lens: Tensor,
+    ids: Sequence[str],
+    prompt_lens: np.ndarray,
+    drafts: Sequence[int] | None,
+) -> None:
+    """Begin a draft round: make its guides, name the rows of its first pass, count the blocks the target has verified.
 
-    The copy is made from memory of its own: vLLM may change the array before an asynchronous one has read it.
+    What the device needs of the host goes there in one copy, from memory that nobody writes to afterwards.
+
+    Args:
+        states: the target's three states, low to high, each [rows, H].
+        start: [B + 1] integer, on the device: first row of each request in the target's pass, and the end.
+        rejected: [>= B] integer, on the device: rows at a request's end that the target rejected; None: none.
+        seq_lens: [>= B] integer, on the device: length of each request up to its last row in the target's pass.
+        ids: the B requests.
+        prompt_lens: [B] integer.
+        drafts: how many drafts the target has verified of each request; None: of none.
     """
-    return torch.tensor(array, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    if rejected is None:
+        rejected = injection.none_rejected
+    injection.set_guides(states, start, rejected)
+    blocks, device = injection.blocks, injection.entry.device
+    rows = 1 if blocks is None else 3
+    host = torch.empty(rows, len(ids), dtype=torch.int32, pin_memory=device.type == "cuda")
+    table = host.numpy()
+    table[0] = prompt_lens
+    verified = None if blocks is None else blocks.begin(ids, drafts, table[1:], injection.scale != 0)
+    injection.steer_window(start, rejected, seq_lens, host.to(device, non_blocking=True), verified)

@@ -11,7 +11,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.spec_decode.attach import attach, upload
+from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
 
 
 class SteeredDraftModelProposer(DraftModelProposer):
@@ -71,20 +71,18 @@ class SteeredDraftModelProposer(DraftModelProposer):
         )
 
     def _steer_first_pass(self, states: Tensor, cad: Any, rejected: Tensor | None) -> None:
-        injection, batch, n = self.injection, self.runner.input_batch, cad.batch_size()
-        assert injection is not None
-        start = cad.query_start_loc[: n + 1]
-        injection.set_guides(states.chunk(3, -1), start, rejected)
-        if (blocks := injection.blocks) is not None:
-            length = start[1:] - start[:-1]
-            blocks.verified(
-                batch.req_ids[:n],
-                self._verified,
-                start=cad.seq_lens[:n] - length,
-                accepted=length - 1 if rejected is None else length - 1 - rejected[:n],
-                steered=injection.scale != 0,
-            )
-        injection.steer_window(start, rejected, cad.seq_lens, upload(batch.num_prompt_tokens[:n], self.device))
+        batch, n = self.runner.input_batch, cad.batch_size()
+        assert self.injection is not None
+        steer_first_pass(
+            self.injection,
+            states.chunk(3, -1),
+            cad.query_start_loc[: n + 1],
+            rejected,
+            cad.seq_lens,
+            batch.req_ids[:n],
+            batch.num_prompt_tokens[:n],
+            self._verified,
+        )
 
     def _update_positions_dependent_metadata(
         self, positions: Tensor, common_attn_metadata: Any, batch_size: int, *args: Any, **kwargs: Any

@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneAR
 
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.spec_decode.attach import attach, upload
+from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
 
 
 class SteeredSpeculator(StandaloneARSpeculator):
@@ -62,20 +62,18 @@ class SteeredSpeculator(StandaloneARSpeculator):
             self.injection.off()
 
     def _steer_first_pass(self, batch: Any, states: list[Tensor], num_rejected: Tensor) -> None:
-        injection, n = self.injection, batch.num_reqs
-        start = batch.query_start_loc[: n + 1]
-        injection.set_guides(states, start, num_rejected)
-        # With a grammar and asynchronous scheduling vLLM verifies fewer drafts than it says: those are not counted.
-        if (blocks := injection.blocks) is not None and not batch.has_structured_output_reqs:
-            length = start[1:] - start[:-1]
-            blocks.verified(
-                batch.req_ids,
-                batch.num_draft_tokens_per_req,
-                start=batch.seq_lens[:n] - length,
-                accepted=length - num_rejected[:n] - 1,
-                steered=injection.scale != 0,
-            )
-        injection.steer_window(start, num_rejected, batch.seq_lens, upload(batch.prefill_len_np[:n], self.device))
+        n = batch.num_reqs
+        steer_first_pass(
+            self.injection,
+            states,
+            batch.query_start_loc[: n + 1],
+            num_rejected,
+            batch.seq_lens,
+            batch.req_ids,
+            batch.prefill_len_np[:n],
+            # With a grammar and asynchronous scheduling vLLM verifies fewer drafts than it says: those do not count.
+            None if batch.has_structured_output_reqs else batch.num_draft_tokens_per_req,
+        )
 
     def _multi_step_decode(self, input_batch: Any, num_rejected: Tensor, num_reqs: int, skip_attn: bool, *args: Any):
         if not skip_attn:

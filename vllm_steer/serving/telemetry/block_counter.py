@@ -4,8 +4,8 @@ A block counts when its drafts come from this drafter's last round for that requ
 made, and its own counters know them as rejected: after a full hit of the prefix cache, after a preemption, after a
 round without drafting. Those requests were not in the last round, or their window does not start where it ended.
 
-Nothing here waits for the device. On a GPU the counts are copied after each round to pinned memory, and what is read
-there may be a round old.
+Nothing here waits for the device. On a GPU the kernel that writes a round's rows counts its blocks too, and the thread
+that reads the counts copies them on a stream of its own.
 
 Shape legend: B requests in the batch, k draft length.
 """
@@ -15,7 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,58 +48,81 @@ class Counts:
         return [float(by_accepted[i:].sum()) for i in range(1, len(by_accepted))]
 
 
+class Verified(NamedTuple):
+    """What the counting of one round needs on the device."""
+
+    counts: Tensor  # [2 (k + 1)^2 + ...] float64: unsteered and steered blocks, by drafts verified and drafts accepted
+    before: Tensor  # [N] int32: position after the last round's newest token, by the last round's row
+    after: Tensor  # [N] int32: the same of this round, to be written
+    offset: int  # of the cells to count in: were the last round's drafts steered?
+    side: int  # k + 1
+
+
 class Blocks:
     """Counts one engine's blocks; the first tensor-parallel rank has one."""
 
     def __init__(self, max_num_seqs: int, draft_length: int, device: torch.device):
         self.draft_length = draft_length
         self._side = draft_length + 1
-        cells = 2 * self._side**2  # unsteered, steered
-        pinned = self._pinned = device.type != "cpu"
-        self._counts = torch.zeros(cells + 4, device=device, dtype=torch.float64)  # then: not ours, guides
-        self._nowhere = cells
+        self._cells = 2 * self._side**2  # unsteered, steered
+        self._counts = torch.zeros(self._cells + 3, device=device, dtype=torch.float64)
         self.guides = self._counts[-3:]  # good ones, the sum of their norms, broken ones: the injection adds to it
-        self._host = torch.zeros(cells + 4, dtype=torch.float64, pin_memory=True) if pinned else self._counts
-        self._ones = torch.ones(max_num_seqs, device=device, dtype=torch.float64)
-        self._newest = torch.zeros(max_num_seqs, device=device, dtype=torch.int64)  # of the last round, by row
+        self._newest = [torch.zeros(max_num_seqs, device=device, dtype=torch.int32) for _ in range(2)]
         self._rows: dict[str, int] = {}  # of the last round, by request
         self._steered = False  # the last round
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host = torch.zeros(len(self._counts), dtype=torch.float64, pin_memory=True) if self._stream else None
 
-    @torch.inference_mode()
-    def verified(
-        self, ids: Sequence[str], drafts: Sequence[int] | None, start: Tensor, accepted: Tensor, steered: bool
-    ) -> None:
-        """Count what vLLM has just verified, and remember the round that follows it.
+    def begin(self, ids: Sequence[str], drafts: Sequence[int] | None, out: np.ndarray, steered: bool) -> Verified:
+        """Note the requests of a round whose window vLLM has just verified.
 
         Args:
             ids: the request in each row of the batch.
             drafts: how many drafts were verified in each row; None: in none.
-            start: [B] integer, on the device: position of the first token of each row's window.
-            accepted: [B] integer, on the device: how many of the row's drafts the target accepted.
+            out: [2, B] integer, gets each request's row in the last round, -1 for none, and its verified drafts.
             steered: whether the round that begins now is steered.
         """
-        n = len(ids)
-        if drafts is not None:
-            rows = [self._row(id) if d else -1 for id, d in zip(ids, drafts, strict=True)]
-            if max(rows) >= 0:
-                host = torch.tensor([rows, list(map(int, drafts))], pin_memory=self._pinned)
-                row, verified = host.to(start.device, non_blocking=True)
-                ours = (row >= 0) & (self._newest[row] == start)
-                cell = (self._steered * self._side + verified) * self._side + accepted
-                self._counts.index_add_(0, torch.where(ours, cell, self._nowhere), self._ones[:n])
-        self._newest[:n] = start + accepted + 1
-        self._rows = {id: i for i, id in enumerate(ids)}
+        # vLLM warms its kernels with requests of its own before the first of a user.
+        known = {} if drafts is None or (ids and WARM_UP.match(ids[0])) else self._rows
+        out[0] = list(map(known.get, ids, repeat(-1)))
+        out[1] = 0 if drafts is None else drafts
+        self._rows = dict(zip(ids, range(len(ids)), strict=True))
+        self._newest.reverse()
+        before, after = self._newest
+        offset = self._side**2 if self._steered else 0
         self._steered = steered
-        if self._pinned:
-            self._host.copy_(self._counts, non_blocking=True)
-
-    def _row(self, id: str) -> int:
-        """The request's row in the last round; -1 if it has none, or is one that vLLM warms its kernels with."""
-        return -1 if WARM_UP.match(id) else self._rows.get(id, -1)
+        return Verified(self._counts, before, after, offset, self._side)
 
     def read(self) -> Counts:
-        """What has been counted, without waiting for the device; any thread may ask."""
-        host = self._host.clone()
-        unsteered, steered = host[: self._nowhere].view(2, self._side, self._side)
-        guides, norms, broken = host[-3:].tolist()
+        """What has been counted, without waiting for the device; any thread may ask.
+
+        On a GPU that is what there was at the last call: this one only asks for a copy. To wait for it here would break
+        a CUDA graph that another thread captures.
+        """
+        found = self._counts if self._host is None else self._host
+        found = found.clone()
+        if self._host is not None:
+            with torch.cuda.stream(self._stream):
+                self._host.copy_(self._counts, non_blocking=True)
+        unsteered, steered = found[: self._cells].view(2, self._side, self._side)
+        guides, norms, broken = found[-3:].tolist()
         return Counts(steered, unsteered, guides, norms, broken)
+
+
+def count(
+    verified: Verified, previous: Tensor, drafts: Tensor, length: Tensor, rejected: Tensor, seq_lens: Tensor
+) -> None:
+    """Count the blocks of one round, and note where each request's window ended: what kernels.steer_window does too.
+
+    Args (all integer [B]):
+        previous, drafts: see `Blocks.begin`.
+        length: rows of each request in the target's pass.
+        rejected: how many of them, at the end, the target rejected.
+        seq_lens: length of each request up to its last row in the target's pass.
+    """
+    accepted = length - 1 - rejected
+    ours = (previous >= 0) & (accepted >= 0) & (accepted <= drafts) & (drafts > 0)
+    ours &= verified.before[previous.clamp(min=0)] == seq_lens - length
+    cells = verified.offset + drafts * verified.side + accepted
+    verified.counts.index_add_(0, cells[ours].long(), verified.counts.new_ones(int(ours.sum())))
+    verified.after[: len(length)] = seq_lens - rejected
