@@ -122,6 +122,10 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "parallel drafting": spec.parallel_drafting,
         "sleep mode, which loses the steering's weights,": vllm_config.model_config.enable_sleep_mode,
+        "weight transfer, which can give the drafter new weights but not its steering,": getattr(
+            vllm_config, "weight_transfer_config", None
+        )
+        is not None,
         "adaptive verification": getattr(spec, "enable_adaptive_verification", False),
         "heterogeneous vocabularies": getattr(spec, "use_heterogeneous_vocab", False),
         "lossy verification (rejection_sample_method 'fly')": spec.rejection_sample_method == "fly",

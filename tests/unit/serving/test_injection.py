@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.serving.activation import SteeredActivation, gated_mlps
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan
-from vllm_steer.serving.spec_decode.attach import steer_first_pass
+from vllm_steer.serving.spec_decode.attach import _warn_of_lost_fusion, steer_first_pass
 from vllm_steer.serving.telemetry.block_counter import Blocks
 
 K = 3
@@ -214,6 +216,20 @@ def test_only_gate_first_activations_are_wrapped(steered: Path) -> None:
 def test_a_merged_projection_of_another_width_is_refused(steered: Path) -> None:
     with pytest.raises(SteeringError, match="writes 200 columns on this rank, the steering needs 192"):
         injection(steered).attach(Model(Mlp(SiluAndMul()), Mlp(SiluAndMul(), width=100)))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "fused", "said"), [("fp8", True, True), ("fp8", False, False), (None, True, False)]
+)
+def test_a_lost_fusion_is_said(
+    quantization: str | None, fused: bool, said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    compilation = SimpleNamespace(pass_config=SimpleNamespace(fuse_act_quant=fused))
+    draft = SimpleNamespace(draft_model_config=SimpleNamespace(quantization=quantization))
+    with caplog.at_level(logging.INFO, "vllm.steer"):
+        _warn_of_lost_fusion(SimpleNamespace(speculative_config=draft, compilation_config=compilation))
+    assert ("the drafter is quantised (fp8): in its steered layers vLLM's fusion" in caplog.text) == said
 
 
 def test_experts_and_vision_towers_have_no_mlp_of_the_decoder() -> None:

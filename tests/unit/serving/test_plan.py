@@ -231,6 +231,13 @@ def test_refused_by_name_where_vllm_goes_on(
         admission._refuse_unsupported(config)
 
 
+def test_weight_transfer_is_refused(pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine_config(pair.target, pair.steered)
+    monkeypatch.setattr(config, "weight_transfer_config", object())
+    with pytest.raises(SteeringError, match="does not work with weight transfer, .* but not its steering, yet"):
+        admission._refuse_unsupported(config)
+
+
 def test_draft_length_below_one(pair: tuple[Path, Path, Path]) -> None:
     with pytest.raises(ValueError, match="num_speculative_tokens"):
         engine_config(pair.target, pair.steered, spec={"num_speculative_tokens": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from vllm_steer.serving.plan import Plan
 from vllm_steer.serving.telemetry.block_counter import Blocks
 from vllm_steer.serving.telemetry.reporter import Reporter
 
+logger = logging.getLogger("vllm.steer")
+
 
 def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device) -> Injection:
     """Build the injection for this rank and wrap the freshly loaded draft model; the first rank counts blocks."""
@@ -22,10 +25,22 @@ def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device)
     rank = get_tensor_model_parallel_rank()
     injection = Injection(plan, device, vllm_config.model_config.dtype, rank, get_tensor_model_parallel_world_size())
     injection.attach(model)
+    _warn_of_lost_fusion(vllm_config)
     if rank == 0:
         injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device)
         Reporter(injection, injection.config.acceptance, vllm_config.parallel_config.data_parallel_index).start()
     return injection
+
+
+def _warn_of_lost_fusion(vllm_config: Any) -> None:
+    """Log where vLLM would have computed activation and quantisation in one kernel: it looks for its own activation."""
+    quantization = vllm_config.speculative_config.draft_model_config.quantization
+    if quantization is not None and vllm_config.compilation_config.pass_config.fuse_act_quant:
+        logger.info(
+            "the drafter is quantised (%s): in its steered layers vLLM's fusion of activation and quantisation "
+            "(fuse_act_quant) does not apply; both run in kernels of their own or in inductor's",
+            quantization,
+        )
 
 
 def steer_first_pass(
