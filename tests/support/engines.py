@@ -21,6 +21,7 @@ from repository import SUPPORT
 
 PATIENCE = 900  # seconds for one job, far beyond the longest: a test that hangs must end
 DELTAS = 8  # numbers of a delta that tests look at
+GPU = Path("/dev/nvidia0").exists()
 TRITON = Path(sys.prefix) / "share" / "triton-interpreter"
 ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -45,9 +46,9 @@ LLM_KEYS = {
 
 
 def runner_env(runner: str) -> dict[str, str]:
-    """The environment under which vLLM uses model runner "v1" or "v2" on the CPU."""
-    if runner == "v1":
-        return {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+    """The environment under which vLLM uses model runner "v1" or "v2", on a GPU where there is one."""
+    if runner == "v1" or GPU:
+        return {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
     assert (TRITON / "triton").is_dir(), f"Triton is not in {TRITON}: run `make triton` (V2 needs its interpreter here)"
     return {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "STEER_TEST_TRITON": str(TRITON)}
 
