@@ -31,17 +31,31 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return make_pair(tmp_path_factory.mktemp("sampled"), "llama", vocab_size=VOCAB, distance=0.2)
 
 
+def kept(probabilities: Tensor, top_k: int = 0, top_p: float = 1) -> Tensor:
+    """Probabilities [N, V] after the filters, in vLLM's order: top-p counts what top-k left."""
+    order = probabilities.sort(descending=True)
+    rank = order.indices.argsort(-1)
+    found = probabilities.masked_fill(rank >= (top_k or rank.shape[-1]), 0)
+    found = found / found.sum(-1, keepdim=True)
+    before = found.gather(-1, order.indices).cumsum(-1) - found.gather(-1, order.indices)
+    found = found.masked_fill(before.gather(-1, rank) >= top_p, 0)
+    return found / found.sum(-1, keepdim=True)
+
+
 @torch.no_grad()
-def uniforms(target: Path, prompts: list[list[int]], outputs: list[list[int]], temperature: float) -> Tensor:
+def uniforms(
+    target: Path, prompts: list[list[int]], outputs: list[list[int]], temperature: float, **filters: float
+) -> Tensor:
     """One number in [0, 1] per sampled token, [N]; the vocabulary is ordered by the target's probability."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     found = []
     for prompt, output in zip(prompts, outputs, strict=True):
         rows = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].double()
-        probabilities, order = torch.softmax(rows / temperature, -1).sort(descending=True)
+        probabilities, order = kept(torch.softmax(rows / temperature, -1), **filters).sort(descending=True)
         place = (order == torch.tensor(output)[:, None]).double().argmax(-1, keepdim=True)
         mass = probabilities.gather(-1, place)
+        assert (mass > 0).all(), "a token that the target's filters exclude"
         below = probabilities.cumsum(-1).gather(-1, place) - mass
         found.append((below + mass * torch.rand(mass.shape, generator=generator, dtype=torch.float64))[:, 0])
     return torch.cat(found).clamp(0, 1 - 1e-12)

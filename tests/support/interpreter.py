@@ -40,11 +40,17 @@ def pretend_triton_has_a_cpu_backend(path: str) -> None:
 
 
 def _fill_the_interpreters_gaps() -> None:
-    """What vLLM's probabilistic drafts use and Triton 3.9 cannot interpret: `mask & scalar` in a store, and log1p."""
+    """What vLLM's sampling uses and Triton 3.9 cannot interpret: `mask & scalar` in a store, log1p, and the kernel of
+    top-k and top-p, for which vLLM has plain torch too."""
     import triton.language as tl
+    import wrapt
     from triton.language.extra import libdevice
     from triton.runtime import interpreter
 
+    def in_torch(module: Any) -> None:
+        module.apply_top_k_top_p_triton = lambda logits, k, p, **_: module.apply_top_k_top_p_pytorch(logits, k, p)
+
+    wrapt.register_post_import_hook(in_torch, "vllm.v1.sample.ops.topk_topp_sampler")
     libdevice.log1p = lambda x: tl.log(1.0 + x)
 
     builder = interpreter.InterpreterBuilder

@@ -59,6 +59,16 @@ def _load_with_states(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_model
 
 
+def _with_sampling_states(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.speculator is not None:
+            self.speculator.sampling_states = getattr(self.sampler, "sampling_states", None)
+        return original(self, *args, **kwargs)
+
+    return initialize_kv_cache
+
+
 SEAMS = (
     Seam(
         module="vllm.config.vllm",
@@ -82,7 +92,7 @@ SEAMS = (
             f"vllm.v1.spec_decode.draft_model:DraftModelProposer.{name}"
             for name in (
                 *("_get_model", "propose", "prepare_inputs_padded", "set_inputs_first_pass"),
-                "_update_positions_dependent_metadata",
+                *("_update_positions_dependent_metadata", "_sample_from_logits"),
             )
         ),
         runner="v1",
@@ -174,6 +184,22 @@ SEAMS = (
             "place of its own, and is accepted less beyond it"
         ),
         remove_when="the V2 runner gives a draft model the sliding window of its own config",
+        runner="v2",
+        required=False,
+    ),
+    Seam(
+        module="vllm.v1.worker.gpu.model_runner",
+        name="GPUModelRunner.initialize_kv_cache",
+        make=_with_sampling_states,
+        upstream=functools.partial(
+            patching.asked, "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.sampling_states"
+        ),
+        why="V2 tells a speculator the temperature and the seed of each request, but not its top-k and top-p",
+        remove_when="the V2 runner gives its speculator the sampling states of the target's sampler",
+        needs=tuple(
+            f"vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.{name}"
+            for name in ("init_cudagraph_manager", "sample_draft", "compute_draft_logits")
+        ),
         runner="v2",
         required=False,
     ),

@@ -28,6 +28,7 @@ class Options:
     adapter: str | None = None  # directory or hub id with a steering/ folder; the draft model is its base drafter
     revision: str | None = None  # of the adapter, on the hub
     scale: float = 1.0  # multiplies every delta; 0 drafts like the plain drafter
+    filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
 
     @classmethod
     def read(cls, additional: Any) -> Options:
@@ -45,6 +46,10 @@ class Options:
         if not abs(options.scale) <= MAX_SCALE:
             allowed = f"-{MAX_SCALE} to {MAX_SCALE}"
             raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale}, allowed is {allowed}")
+        if not isinstance(options.filter_drafts, bool):
+            raise SteeringError(
+                f"additional-config {OPTIONS}: filter_drafts is {options.filter_drafts!r}, allowed are true and false"
+            )
         for key in ("adapter", "revision"):
             if not isinstance(getattr(options, key), str | None):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")
@@ -115,6 +120,13 @@ def _refuse_overlooked(vllm_config: VllmConfig) -> None:
             f"({vllm.__version__}) has no place for that, or the plugin could not start (then the log says why): "
             f"install a vLLM that the README names, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
         )
+
+
+def filters_drafts(vllm_config: VllmConfig) -> bool:
+    """Whether a draft model, steered or plain, samples its drafts, and does so under the request's top-k and top-p."""
+    spec = vllm_config.speculative_config
+    sampled = spec is not None and spec.method == "draft_model" and spec.draft_sample_method == "probabilistic"
+    return sampled and not disabled() and Options.read(vllm_config.additional_config).filter_drafts
 
 
 def draft_model(vllm_config: VllmConfig) -> Any:

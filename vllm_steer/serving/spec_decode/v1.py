@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_steer.serving.injection import Injection
-from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.plan import Plan, filters_drafts
+from vllm_steer.serving.sampling.draft_filters import cut, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
 
 
 class SteeredDraftModelProposer(DraftModelProposer):
-    """Stands in for DraftModelProposer by name; for an unsteered drafter it does nothing of its own."""
+    """Stands in for DraftModelProposer by name; an unsteered drafter's sampled drafts follow the request's filters, and
+    nothing else of it is changed."""
 
     injection: Injection | None = None
     _verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
@@ -24,6 +26,9 @@ class SteeredDraftModelProposer(DraftModelProposer):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
         self.runner = runner
         self.plan = Plan.of(vllm_config)
+        self._filters_drafts = filters_drafts(vllm_config)
+        if self._filters_drafts:
+            say_so()
         if self.plan is not None:
             runner.use_aux_hidden_state_outputs = True
 
@@ -84,6 +89,13 @@ class SteeredDraftModelProposer(DraftModelProposer):
             self._verified,
         )
 
+    def _sample_from_logits(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+        # vLLM calls this for sampled drafts and for greedy ones alike.
+        found = sampling_metadata
+        if self._filters_drafts and not found.all_greedy and (found.top_k is not None or found.top_p is not None):
+            logits = cut(logits, found.temperature, found.top_k, found.top_p)
+        return super()._sample_from_logits(logits, sampling_metadata)
+
     def _update_positions_dependent_metadata(
         self, positions: Tensor, common_attn_metadata: Any, batch_size: int, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -97,5 +109,5 @@ class SteeredDraftModelProposer(DraftModelProposer):
 
 def proposer(vllm_config: Any, device: torch.device, runner: Any) -> Any:
     """The proposer for an engine's kind of drafter; None: it is vLLM's own."""
-    plan = Plan.of(vllm_config)
-    return None if plan is None else SteeredDraftModelProposer(vllm_config, device, runner)
+    ours = Plan.of(vllm_config) is not None or filters_drafts(vllm_config)
+    return SteeredDraftModelProposer(vllm_config, device, runner) if ours else None

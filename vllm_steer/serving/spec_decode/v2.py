@@ -9,11 +9,46 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
 from vllm_steer.serving.injection import Injection
-from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.plan import Plan, filters_drafts
+from vllm_steer.serving.sampling.draft_filters import Filters, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
 
 
-class SteeredSpeculator(StandaloneARSpeculator):
+class FilteringSpeculator(StandaloneARSpeculator):
+    """vLLM's, whose sampled drafts follow the request's top-k and top-p."""
+
+    sampling_states: Any = None  # of the target's sampler, from whoever builds that; None: drafts are not filtered
+    _filters: Filters | None = None
+    _requests: Tensor  # [B], of the drafts that are being sampled
+
+    def init_cudagraph_manager(self, *args: Any) -> None:
+        """As vLLM's, which calls it once the target's sampler is there."""
+        if self.sampling_states is not None and filters_drafts(self.vllm_config):
+            self._filters = Filters(self.sampling_states)
+            say_so()
+        super().init_cudagraph_manager(*args)
+
+    @torch.inference_mode()
+    def propose(self, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Tensor:
+        """As vLLM's: drafts [requests, k]."""
+        if self._filters is not None:
+            self._filters.begin(input_batch.idx_mapping_np[:0] if dummy_run else input_batch.idx_mapping_np)
+        return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)  # type: ignore[misc]  # as below
+
+    def sample_draft(  # type: ignore[override]  # the others are passed on
+        self, hidden_states: Tensor, positions: Tensor, idx_mapping: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As vLLM's: one draft for each row."""
+        self._requests = idx_mapping
+        return super().sample_draft(hidden_states, positions, idx_mapping, *args, **kwargs)
+
+    def compute_draft_logits(self, *args: Any) -> Tensor:
+        """As vLLM's: logits [B, V] of the rows that `sample_draft` was given, cut by their requests' filters."""
+        logits = super().compute_draft_logits(*args)
+        return logits if self._filters is None else self._filters(logits, self._requests)
+
+
+class SteeredSpeculator(FilteringSpeculator):
     """Built only for steered drafters."""
 
     injection: Injection
@@ -27,8 +62,7 @@ class SteeredSpeculator(StandaloneARSpeculator):
         self.injection = attach(self.vllm_config, plan, model, self.device)
         return model
 
-    @torch.inference_mode()
-    def propose(
+    def propose(  # type: ignore[override]  # the others are passed on
         self,
         input_batch: Any,
         attn_metadata: Any,
@@ -45,19 +79,9 @@ class SteeredSpeculator(StandaloneARSpeculator):
         if not dummy_run:
             assert aux_hidden_states is not None  # vLLM hands them out: `init_speculator` asked for them
             self._steer_first_pass(input_batch, aux_hidden_states, num_rejected)
+        rest = (attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected, *args)
         try:
-            return super().propose(  # type: ignore[misc]  # `args` end before dummy_run
-                input_batch,
-                attn_metadata,
-                slot_mappings,
-                last_hidden_states,
-                aux_hidden_states,
-                num_sampled,
-                num_rejected,
-                *args,
-                dummy_run=dummy_run,
-                **kwargs,
-            )
+            return super().propose(input_batch, *rest, dummy_run=dummy_run, **kwargs)
         finally:
             self.injection.off()
 
@@ -83,5 +107,6 @@ class SteeredSpeculator(StandaloneARSpeculator):
 
 def speculator(vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     """The speculator for an engine's kind of drafter; None: it is vLLM's own."""
-    plan = Plan.of(vllm_config)
-    return None if plan is None else SteeredSpeculator(vllm_config, device)
+    if Plan.of(vllm_config) is not None:
+        return SteeredSpeculator(vllm_config, device)
+    return FilteringSpeculator(vllm_config, device) if filters_drafts(vllm_config) else None

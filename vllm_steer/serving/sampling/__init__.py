@@ -1,0 +1,1 @@
+"""How drafts are sampled and verified."""
