@@ -95,7 +95,7 @@ def patched_vllm(to: Path, patches: list[Path]) -> Path:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tree(patch, ...)`: a vLLM with these patches; once each."""
     root = tmp_path_factory.mktemp("vllm")
-    return functools.cache(lambda *patches: patched_vllm(root / "-".join(p.stem for p in patches), list(patches)))
+    return functools.cache(lambda *patches: patched_vllm(root / "-".join(p.stem[:4] for p in patches), list(patches)))
 
 
 # --- the patches and the register ------------------------------------------------------------------------------------

@@ -50,7 +50,9 @@ class Seam:
 
 def join(place: str, hook: Callable[..., Any]) -> Undo | None:
     """vLLM's own way is a list at `place`, "module:name", of functions that it calls."""
-    if (hooks := _find(place)) is None:
+    try:
+        hooks = resolve_name(place)
+    except (ImportError, AttributeError):
         return None
     hooks.append(hook)
     return lambda: hooks.remove(hook)
@@ -58,19 +60,16 @@ def join(place: str, hook: Callable[..., Any]) -> Undo | None:
 
 def asked(place: str) -> Undo | None:
     """vLLM's own way is to ask a class, ours or its own: upstream supports this if `place` resolves."""
-    return None if _find(place) is None else _nothing
+    try:
+        resolve_name(place)
+    except (ImportError, AttributeError):
+        return None
+    return _nothing
 
 
 def sound(works: Callable[[], bool]) -> Undo | None:
     """vLLM's own way is its function as it stands, once that gives the right result."""
     return _nothing if works() else None
-
-
-def _find(place: str) -> Any:
-    try:
-        return resolve_name(place)
-    except (ImportError, AttributeError):
-        return None
 
 
 def _nothing() -> None:

@@ -134,7 +134,10 @@ def test_no_draft_model_beside_data_parallel_experts_on_v2(v2: bool, size: int, 
 @pytest.mark.parametrize(
     ("additional", "message"),
     [
-        ({"vllm_steer": {"adaptor": "x"}}, "unknown key 'adaptor'; allowed are adapter, revision, scale, filter_drafts"),
+        (
+            {"vllm_steer": {"adaptor": "x"}},
+            "unknown key 'adaptor'; allowed are adapter, revision, scale, filter_drafts",
+        ),
         ({"vllm_steer": {"scale": "big"}}, "scale is 'big', allowed is a number"),
         ({"vllm_steer": {"filter_drafts": "no"}}, "filter_drafts is 'no', allowed are true and false"),
         ({"vllm_steer": {"scale": float("nan")}}, "scale is nan, allowed is -100 to 100"),
