@@ -39,7 +39,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return make_pair(tmp_path_factory.mktemp("llama-alone"), "llama")
 
 
-@pytest.fixture(scope="session", params=["llama", "trained"])
+@pytest.fixture(scope="session", params=["llama", pytest.param("trained", marks=pytest.mark.slow)])
 def frozen(
     request: pytest.FixtureRequest, llama: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:

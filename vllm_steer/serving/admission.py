@@ -41,6 +41,11 @@ def prepare(vllm_config: VllmConfig) -> None:
             )
         return
     _refuse_parallel_experts(vllm_config)
+    if options.draft_graphs and not getattr(vllm_config, "use_v2_model_runner", False):
+        raise SteeringError(
+            "additional-config vllm_steer: draft_graphs is for vLLM's V2 runner, this engine has V1, which captures "
+            "draft models itself: drop draft_graphs, or set VLLM_USE_V2_MODEL_RUNNER=1"
+        )
     if written(vllm_config) is not None:
         return  # vLLM copies configurations, and every copy passes here again
     source, revision = source_of(draft, options)

@@ -28,6 +28,7 @@ class Options:
     adapter: str | None = None  # directory or hub id with a steering/ folder; the draft model is its base drafter
     revision: str | None = None  # of the adapter, on the hub
     scale: float = 1.0  # multiplies every delta; 0 drafts like the plain drafter
+    draft_graphs: bool = False  # V2: replay the drafter's decode passes as CUDA graphs
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
 
     @classmethod
@@ -46,10 +47,9 @@ class Options:
         if not abs(options.scale) <= MAX_SCALE:
             allowed = f"-{MAX_SCALE} to {MAX_SCALE}"
             raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale}, allowed is {allowed}")
-        if not isinstance(options.filter_drafts, bool):
-            raise SteeringError(
-                f"additional-config {OPTIONS}: filter_drafts is {options.filter_drafts!r}, allowed are true and false"
-            )
+        for key in ("draft_graphs", "filter_drafts"):
+            if not isinstance(value := getattr(options, key), bool):
+                raise SteeringError(f"additional-config {OPTIONS}: {key} is {value!r}, allowed are true and false")
         for key in ("adapter", "revision"):
             if not isinstance(getattr(options, key), str | None):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")

@@ -119,6 +119,14 @@ def test_a_broken_torch_is_a_line_and_no_traceback(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("something is wrong: ")
 
 
+@pytest.mark.parametrize(("v2", "device", "said"), [(True, "cuda", 1), (False, "cuda", 0), (True, "cpu", 0)])
+def test_v2_drafts_without_graphs_on_a_gpu(v2: bool, device: str, said: int) -> None:
+    engine = SimpleNamespace(use_v2_model_runner=v2, device_config=SimpleNamespace(device_type=device))
+    found = list(checks.draft_launches(Case(engine=engine)))
+    assert [f.status for f in found] == [WARNING] * said
+    assert all("VLLM_USE_V2_MODEL_RUNNER=0" in f.remedy for f in found)
+
+
 def test_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     found = examined(checkpoint=STEERED, target=TARGET)

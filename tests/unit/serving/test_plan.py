@@ -136,7 +136,7 @@ def test_no_draft_model_beside_data_parallel_experts_on_v2(v2: bool, size: int, 
     [
         (
             {"vllm_steer": {"adaptor": "x"}},
-            "unknown key 'adaptor'; allowed are adapter, revision, scale, filter_drafts",
+            "unknown key 'adaptor'; allowed are adapter, revision, scale, draft_graphs, filter_drafts",
         ),
         ({"vllm_steer": {"scale": "big"}}, "scale is 'big', allowed is a number"),
         ({"vllm_steer": {"filter_drafts": "no"}}, "filter_drafts is 'no', allowed are true and false"),
@@ -233,6 +233,12 @@ def test_refused_by_name_where_vllm_goes_on(
     monkeypatch.setattr(getattr(config, part), key, "fly" if isinstance(now, str) else type(now)(2))
     with pytest.raises(SteeringError, match=f"does not work with {name} yet"):
         admission._refuse_unsupported(config)
+
+
+def test_draft_graphs_are_for_v2(pair: tuple[Path, Path, Path]) -> None:
+    for drafter in (pair.drafter, pair.steered):  # plain ones can have them too
+        with pytest.raises(ValueError, match="draft_graphs is for vLLM's V2 runner, this engine has V1"):
+            engine_config(pair.target, drafter, additional_config={"vllm_steer": {"draft_graphs": True}})
 
 
 def test_weight_transfer_is_refused(pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

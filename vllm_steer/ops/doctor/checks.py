@@ -224,6 +224,14 @@ def front_end(case: Case) -> Iterable[Finding]:
         yield Finding("front end", FAIL, "vLLM accepts the pair and does not steer it", "see plugin and seams above")
 
 
+def draft_launches(case: Case) -> Iterable[Finding]:
+    """On a GPU, V2 launches the drafter's kernels one by one, which can cost more than drafting gains."""
+    if case.engine.use_v2_model_runner and case.engine.device_config.device_type == "cuda":
+        seen = "V2 runs the drafter's passes without CUDA graphs: at small batches that can cost more than it gains"
+        remedy = "compare with V1 (VLLM_USE_V2_MODEL_RUNNER=0), or try draft_graphs (docs/operating.md)"
+        yield Finding("draft launches", WARNING, seen, remedy)
+
+
 def memory(case: Case) -> Iterable[Finding]:
     """What steering adds on each rank: weights, and buffers for `max_num_seqs` requests."""
     requests = case.max_num_seqs or case.engine.scheduler_config.max_num_seqs

@@ -52,6 +52,7 @@ def all_checks() -> list[tuple[str, Check, tuple[str, ...]]]:
         ("tensor parallel", checks.tensor_parallel, ("config",)),
         ("hidden states", checks.hidden_states, ("target_config", "vllm")),
         ("front end", checks.front_end, (*PAIR, "vllm")),
+        ("draft launches", checks.draft_launches, ("engine",)),
         ("memory", checks.memory, ("engine",)),
         ("server", server_checks.server, ("url",)),
         ("steering", server_checks.is_steering, ("url", "served")),

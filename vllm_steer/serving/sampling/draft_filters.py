@@ -54,9 +54,14 @@ class Filters:
         self._top_k = bool((states.top_k.np[requests] != states.vocab_size).any())
         self._top_p = bool((states.top_p.np[requests] != 1).any())
 
+    @property
+    def active(self) -> bool:
+        """Whether a request of the round has a filter."""
+        return self._top_k or self._top_p
+
     def __call__(self, logits: Tensor, requests: Tensor) -> Tensor:
         """Logits [B, V] of `requests` [B], on the device, cut; as they are where no request has a filter."""
-        if not (self._top_k or self._top_p):
+        if not self.active:
             return logits
         states = self._states
         return cut(

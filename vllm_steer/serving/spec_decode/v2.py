@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.serving.injection import Injection
-from vllm_steer.serving.plan import Plan, filters_drafts
+from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
+from vllm_steer.serving.plan import Options, Plan, draft_model, filters_drafts
 from vllm_steer.serving.sampling.draft_filters import Filters, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
+from vllm_steer.serving.spec_decode.draft_graphs import GraphedSpeculator
 
 
-class FilteringSpeculator(StandaloneARSpeculator):
-    """vLLM's, whose sampled drafts follow the request's top-k and top-p."""
+class DraftModelSpeculator(GraphedSpeculator):
+    """vLLM's, whose sampled drafts follow the request's top-k and top-p, with graphs of the decode passes if asked."""
 
     sampling_states: Any = None  # of the target's sampler, from whoever builds that; None: drafts are not filtered
     _filters: Filters | None = None
@@ -35,6 +37,9 @@ class FilteringSpeculator(StandaloneARSpeculator):
             self._filters.begin(input_batch.idx_mapping_np[:0] if dummy_run else input_batch.idx_mapping_np)
         return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)  # type: ignore[misc]  # as below
 
+    def _may_replay(self) -> bool:
+        return self._filters is None or not self._filters.active  # which the graph does not hold
+
     def sample_draft(  # type: ignore[override]  # the others are passed on
         self, hidden_states: Tensor, positions: Tensor, idx_mapping: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -48,10 +53,11 @@ class FilteringSpeculator(StandaloneARSpeculator):
         return logits if self._filters is None else self._filters(logits, self._requests)
 
 
-class SteeredSpeculator(FilteringSpeculator):
+class SteeredSpeculator(DraftModelSpeculator):
     """Built only for steered drafters."""
 
     injection: Injection
+    _decoding_steered = False  # this round's passes after the first
     needs_aux_hidden_states = True  # for a vLLM that asks (see patches.py)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -79,11 +85,18 @@ class SteeredSpeculator(FilteringSpeculator):
         if not dummy_run:
             assert aux_hidden_states is not None  # vLLM hands them out: `init_speculator` asked for them
             self._steer_first_pass(input_batch, aux_hidden_states, num_rejected)
+        self._decoding_steered = self.num_speculative_steps == 1 or dummy_run
         rest = (attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected, *args)
         try:
-            return super().propose(input_batch, *rest, dummy_run=dummy_run, **kwargs)
+            drafts = super().propose(input_batch, *rest, dummy_run=dummy_run, **kwargs)
         finally:
             self.injection.off()
+        if not self._decoding_steered:  # a vLLM with graphs of its own may take another way
+            raise SteeringError(
+                "vLLM made a drafter's decode passes without telling vllm-steer, so they were not steered: this is a "
+                f"fault of vllm-steer on this release, report it; {KILL_SWITCH}=1 serves the drafter unsteered"
+            )
+        return drafts
 
     def _steer_first_pass(self, batch: Any, states: list[Tensor], num_rejected: Tensor) -> None:
         n = batch.num_reqs
@@ -100,6 +113,7 @@ class SteeredSpeculator(FilteringSpeculator):
         )
 
     def _multi_step_decode(self, input_batch: Any, num_rejected: Tensor, num_reqs: int, skip_attn: bool, *args: Any):
+        self._decoding_steered = True
         if not skip_attn:
             self.injection.steer_drafts(num_reqs)
         return super()._multi_step_decode(input_batch, num_rejected, num_reqs, skip_attn, *args)
@@ -109,4 +123,11 @@ def speculator(vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any
     """The speculator for an engine's kind of drafter; None: it is vLLM's own."""
     if Plan.of(vllm_config) is not None:
         return SteeredSpeculator(vllm_config, device)
-    return FilteringSpeculator(vllm_config, device) if filters_drafts(vllm_config) else None
+    return DraftModelSpeculator(vllm_config, device) if _changes_a_plain_one(vllm_config) else None
+
+
+def _changes_a_plain_one(vllm_config: Any) -> bool:
+    """Whether a plain draft model has anything of ours."""
+    if draft_model(vllm_config) is None or disabled():
+        return False
+    return filters_drafts(vllm_config) or Options.read(vllm_config.additional_config).draft_graphs
