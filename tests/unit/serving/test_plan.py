@@ -238,7 +238,7 @@ def test_refused_by_name_where_vllm_goes_on(
 def test_draft_graphs_are_for_v2(pair: tuple[Path, Path, Path]) -> None:
     for drafter in (pair.drafter, pair.steered):  # plain ones can have them too
         with pytest.raises(ValueError, match="draft_graphs is for vLLM's V2 runner, this engine has V1"):
-            engine_config(pair.target, drafter, additional_config={"vllm_steer": {"draft_graphs": True}})
+            engine_config(pair.target, drafter, {"vllm_steer": {"draft_graphs": True}})
 
 
 def test_weight_transfer_is_refused(pair: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
