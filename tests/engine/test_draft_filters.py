@@ -13,7 +13,7 @@ from pairs import make_pair, random_prompt
 from scipy.stats import chisquare
 from test_lossless import NEW, P_VALUE, VOCAB, kept, p_value, uniforms
 
-from vllm_steer.serving.sampling.draft_filters import cut
+from vllm_steer.serving.sampling.draft_filters import Filters, cut
 
 FILTERS: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.8}, {}, {"top_k": 9, "top_p": 0.7}]
 COPIES = {"v1": 24, "v2": 6}  # of every setting in one batch; Triton's interpreter is slow
@@ -106,6 +106,28 @@ def verified(filters: dict[str, Any], against: str) -> float:
 def test_drafts_must_be_verified_against_what_they_were_drawn_from(filters: dict[str, Any]) -> None:
     assert verified(filters, against="cut") > P_VALUE
     assert verified(filters, against="whole") < P_VALUE, "the comparison would not notice"
+
+
+def test_v2_takes_the_filters_of_each_round_into_the_same_memory() -> None:
+    """Requests come and go: rows follow the batch's order, and a round without filters leaves logits as they are."""
+    value = lambda *numbers, **keys: SimpleNamespace(gpu=(t := torch.tensor(numbers, **keys)), np=t.numpy())  # noqa: E731
+    states = SimpleNamespace(max_num_reqs=4, vocab_size=50, temperature=value(1.0, 0.5, 0.0, 2.0))
+    states.top_k, states.top_p = value(50, 3, 50, 1, dtype=torch.int32), value(1.0, 1.0, 1.0, 1.0)
+    filters, logits = Filters(states, torch.device("cpu")), torch.randn(3, 50)
+    places = [t.data_ptr() for t in vars(filters).values() if isinstance(t, torch.Tensor)]
+
+    def finite(*requests: int) -> list[int]:
+        where = torch.tensor(requests, dtype=torch.int32)
+        filters.begin(where, where.numpy())
+        return filters(logits[: len(requests)]).isfinite().sum(-1).tolist()
+
+    assert finite(3, 0, 1) == [1, 50, 3] and filters.active
+    assert finite(1, 3) == [3, 1]
+    assert finite(0, 2) == [50, 50] and not filters.active and filters(logits) is logits
+    assert finite() == [] and not filters.active
+    states.top_p.gpu[0] = 1e-6
+    assert finite(2, 0) == [50, 1]
+    assert places == [t.data_ptr() for t in vars(filters).values() if isinstance(t, torch.Tensor)] and len(places) == 3
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
