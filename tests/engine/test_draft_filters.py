@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from engines import assert_steered
 from pairs import make_pair, random_prompt
+from scipy.stats import chisquare
 from test_lossless import NEW, P_VALUE, VOCAB, kept, p_value, uniforms
 
-from vllm_steer.serving.sampling.draft_filters import cut
+from vllm_steer.serving.sampling.draft_filters import Filters, cut
 
 FILTERS: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.8}, {}, {"top_k": 9, "top_p": 0.7}]
 COPIES = {"v1": 24, "v2": 6}  # of every setting in one batch; Triton's interpreter is slow
@@ -83,3 +85,59 @@ def test_a_greedy_row_keeps_its_first_token() -> None:
     logits = torch.randn(2, 50)
     found = cut(logits, torch.tensor([0.0, 1.0]), torch.tensor([50, 2]), None)
     assert found[0].argmax() == logits[0].argmax() and found[1].isfinite().sum() == 2
+
+
+def verified(filters: dict[str, Any], against: str) -> float:
+    """Chi-square p-value that rejection sampling (Leviathan et al., arXiv 2211.17192) gives the target's filtered
+    distribution: drafts are drawn from the drafter's, cut, and verified against that ("cut") or the "whole" one."""
+    rows, generator = 20_000, torch.Generator().manual_seed(1)
+    draw = lambda p: torch.multinomial(p, 1, generator=generator)  # noqa: E731
+    logits = 1.5 * torch.randn(2, VOCAB, generator=generator)
+    tensors = {name: torch.full((2,), value) for name, value in filters.items()}
+    p, drawn = torch.softmax(cut(logits, torch.ones(2), tensors.get("top_k"), tensors.get("top_p")), -1)
+    q = drawn if against == "cut" else torch.softmax(logits[1], -1)
+    drafts = draw(drawn.expand(rows, -1))
+    accepted = torch.rand(rows, 1, generator=generator) < (p / q)[drafts]
+    said = torch.where(accepted, drafts, draw((p - q).clamp(min=0).expand(rows, -1)))
+    found = torch.bincount(said[:, 0], minlength=VOCAB)[p > 0].double()
+    assert found.sum() == rows, "a token that the target's filters exclude"
+    want = p[p > 0].double()
+    return float(chisquare(found.tolist(), (rows * want / want.sum()).tolist()).pvalue)
+
+
+@pytest.mark.parametrize("filters", [f for f in FILTERS if f])
+def test_drafts_must_be_verified_against_what_they_were_drawn_from(filters: dict[str, Any]) -> None:
+    assert verified(filters, against="cut") > P_VALUE
+    assert verified(filters, against="whole") < P_VALUE, "the comparison would not notice"
+
+
+def test_v2_takes_the_filters_of_each_round_into_the_same_memory() -> None:
+    """Requests come and go: rows follow the batch's order, and a round without filters leaves logits as they are."""
+    value = lambda *numbers, **keys: SimpleNamespace(gpu=(t := torch.tensor(numbers, **keys)), np=t.numpy())  # noqa: E731
+    states = SimpleNamespace(max_num_reqs=4, vocab_size=50, temperature=value(1.0, 0.5, 0.0, 2.0))
+    states.top_k, states.top_p = value(50, 3, 50, 1, dtype=torch.int32), value(1.0, 1.0, 1.0, 1.0)
+    filters, logits = Filters(states, torch.device("cpu")), torch.randn(3, 50)
+    places = [t.data_ptr() for t in vars(filters).values() if isinstance(t, torch.Tensor)]
+
+    def finite(*requests: int) -> list[int]:
+        where = torch.tensor(requests, dtype=torch.int32)
+        filters.begin(where, where.numpy())
+        return filters(logits[: len(requests)]).isfinite().sum(-1).tolist()
+
+    assert finite(3, 0, 1) == [1, 50, 3] and filters.active
+    assert finite(1, 3) == [3, 1]
+    assert finite(0, 2) == [50, 50] and not filters.active and filters(logits) is logits
+    assert finite() == [] and not filters.active
+    states.top_p.gpu[0] = 1e-6
+    assert finite(2, 0) == [50, 1]
+    assert places == [t.data_ptr() for t in vars(filters).values() if isinstance(t, torch.Tensor)] and len(places) == 3
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_min_p_is_refused_by_vllm(pair: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
+    """When this fails, vLLM accepts min-p under speculation, and drafts should follow it too."""
+    calls = [{"prompts": [[1, 2, 3]], "sampling": {"temperature": 1.0, "min_p": 0.1}, "refused": True}]
+    out = runners(runner).run(pair.target, spec(pair.steered), calls)
+    assert (
+        "min_p and logit_bias sampling parameters are not yet supported with speculative" in out["calls"][0]["refused"]
+    )

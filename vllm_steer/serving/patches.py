@@ -198,7 +198,7 @@ SEAMS = (
         remove_when="the V2 runner gives its speculator the sampling states of the target's sampler",
         needs=tuple(
             f"vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.{name}"
-            for name in ("sample_draft", "compute_draft_logits")
+            for name in ("propose", "compute_draft_logits")
         ),
         runner="v2",
         required=False,

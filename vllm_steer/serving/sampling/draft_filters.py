@@ -41,32 +41,40 @@ def cut(logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor
 
 
 class Filters:
-    """The filters of the requests in V2's batch: what of them a round needs is decided on the host, without waiting."""
+    """The filters of the requests in V2's batch, row by row.
 
-    def __init__(self, states: Any):
+    Its tensors are allocated once and never rebound, so that a CUDA graph of draft passes could read them. Which of the
+    filters a round applies is decided on the host, without waiting, and a graph would keep what was decided at its
+    capture: rounds that are `active` need passes without a graph, or a graph captured while they are.
+    """
+
+    active = False  # whether any request of the round has a filter
+
+    def __init__(self, states: Any, device: torch.device):
         """`states` are the SamplingStates of the target's sampler (vllm/v1/worker/gpu/sample/states.py)."""
         self._states = states
-        self._top_k = self._top_p = False
+        self._temperature = torch.ones(states.max_num_reqs, device=device)
+        self._top_k = torch.full_like(self._temperature, states.vocab_size, dtype=torch.int32)
+        self._top_p = torch.ones_like(self._temperature)
+        self._any_top_k = self._any_top_p = False
 
-    def begin(self, requests: np.ndarray) -> None:
-        """See which filters the requests of a round have; `requests` [B] are their places in the states."""
+    def begin(self, requests: Tensor, on_host: np.ndarray) -> None:
+        """Take over the filters of a round's requests; both arguments are their places in the states, [B]."""
         states = self._states
-        self._top_k = bool((states.top_k.np[requests] != states.vocab_size).any())
-        self._top_p = bool((states.top_p.np[requests] != 1).any())
+        self._any_top_k = bool((states.top_k.np[on_host] != states.vocab_size).any())
+        self._any_top_p = bool((states.top_p.np[on_host] != 1).any())
+        self.active = self._any_top_k or self._any_top_p
+        if self.active:
+            torch.index_select(states.temperature.gpu, 0, requests, out=self._temperature[: len(requests)])
+        if self._any_top_k:
+            torch.index_select(states.top_k.gpu, 0, requests, out=self._top_k[: len(requests)])
+        if self._any_top_p:
+            torch.index_select(states.top_p.gpu, 0, requests, out=self._top_p[: len(requests)])
 
-    @property
-    def active(self) -> bool:
-        """Whether a request of the round has a filter."""
-        return self._top_k or self._top_p
-
-    def __call__(self, logits: Tensor, requests: Tensor) -> Tensor:
-        """Logits [B, V] of `requests` [B], on the device, cut; as they are where no request has a filter."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits [B, V] of the round's requests, cut; as they are where no request has a filter."""
         if not self.active:
             return logits
-        states = self._states
-        return cut(
-            logits,
-            states.temperature.gpu[requests],
-            states.top_k.gpu[requests] if self._top_k else None,
-            states.top_p.gpu[requests] if self._top_p else None,
-        )
+        n = len(logits)
+        top_k, top_p = self._top_k[:n] if self._any_top_k else None, self._top_p[:n] if self._any_top_p else None
+        return cut(logits, self._temperature[:n], top_k, top_p)

@@ -21,12 +21,11 @@ class DraftModelSpeculator(GraphedSpeculator):
 
     sampling_states: Any = None  # of the target's sampler, from whoever builds that; None: drafts are not filtered
     _filters: Filters | None = None
-    _requests: Tensor  # [B], of the drafts that are being sampled
 
     def init_cudagraph_manager(self, *args: Any) -> None:
         """As vLLM's, which calls it once the target's sampler is there."""
         if self.sampling_states is not None and filters_drafts(self.vllm_config):
-            self._filters = Filters(self.sampling_states)
+            self._filters = Filters(self.sampling_states, self.device)
             say_so()
         super().init_cudagraph_manager(*args)
 
@@ -34,23 +33,17 @@ class DraftModelSpeculator(GraphedSpeculator):
     def propose(self, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Tensor:
         """As vLLM's: drafts [requests, k]."""
         if self._filters is not None:
-            self._filters.begin(input_batch.idx_mapping_np[:0] if dummy_run else input_batch.idx_mapping_np)
+            n = 0 if dummy_run else input_batch.num_reqs
+            self._filters.begin(input_batch.idx_mapping[:n], input_batch.idx_mapping_np[:n])
         return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)  # type: ignore[misc]  # as below
 
     def _may_replay(self) -> bool:
         return self._filters is None or not self._filters.active  # which the graph does not hold
 
-    def sample_draft(  # type: ignore[override]  # the others are passed on
-        self, hidden_states: Tensor, positions: Tensor, idx_mapping: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """As vLLM's: one draft for each row."""
-        self._requests = idx_mapping
-        return super().sample_draft(hidden_states, positions, idx_mapping, *args, **kwargs)
-
     def compute_draft_logits(self, *args: Any) -> Tensor:
-        """As vLLM's: logits [B, V] of the rows that `sample_draft` was given, cut by their requests' filters."""
+        """As vLLM's: logits [B, V], a row for each request of the batch in its order, cut by the request's filters."""
         logits = super().compute_draft_logits(*args)
-        return logits if self._filters is None else self._filters(logits, self._requests)
+        return logits if self._filters is None else self._filters(logits)
 
 
 class SteeredSpeculator(DraftModelSpeculator):
