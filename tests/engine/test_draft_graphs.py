@@ -174,12 +174,10 @@ def test_a_buffer_bound_anew_shows() -> None:
     assert graphs["tokens"] == eager["tokens"], "wrong drafts are rejected: the output stays the target's"
 
 
-def test_why_there_are_none_is_said() -> None:
-    out = engines.Runner("v2")
+def test_why_there_are_none_is_said(runners: Any) -> None:
     spec = {"model": str(PAIR / "steered"), "num_speculative_tokens": K}
     keys = {"additional_config": {"vllm_steer": {"draft_graphs": True}}}
-    found = out.run(PAIR / "target", spec, [], **keys)
-    out.close()
+    found = runners("v2").run(PAIR / "target", spec, [], **keys)
     assert found["error"] is None
     assert "draft_graphs: cudagraph_mode has no full graphs of decodes, so the drafter's passes" in found["log"]
 

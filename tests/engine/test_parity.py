@@ -115,7 +115,7 @@ def test_steering_off_is_stock(frozen: tuple[Path, Path, Path], runner: str, run
     assert stock["tokens"] == on["tokens"]
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def test_zero_projection_is_stock_and_adapters_attach(
     frozen: tuple[Path, Path, Path], runner: str, runners: Any, tmp_path: Path
 ) -> None:
@@ -176,7 +176,9 @@ def test_sequences_may_fill_the_context(llama: tuple[Path, Path, Path], runner: 
     assert_own_guides(result, target, steered, prompts(target))
 
 
-@pytest.mark.parametrize(("runner", "backend"), [("v1", "inductor"), ("v2", "eager")])
+@pytest.mark.parametrize(
+    ("runner", "backend"), [("v1", "inductor"), pytest.param("v2", "eager", marks=pytest.mark.slow)]
+)
 def test_compiled_drafts_are_the_same(
     llama: tuple[Path, Path, Path], runner: str, backend: str, runners: Any, tmp_path: Path
 ) -> None:
