@@ -54,7 +54,7 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
     ),
 }
 BROKEN_PIPE = 128 + 13  # as the shell tells of a process that SIGPIPE ended
-PASSES_ON = ("serve",)  # what these verbs do not know they hand to somebody else
+PASSES_ON = ("serve",)  # options these verbs do not know are passed on
 EPILOG = """\
 from a target and a small model of its family to a steered drafter and its table:
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _main(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is no error
+            sys.stdout.flush()  # here, where a closed pipe is not an error
     except SteeringError as error:
         print(f"vllm-steer: error: {error}", file=sys.stderr)
         return 1

@@ -1,13 +1,13 @@
-"""Blocks of speculative decoding, counted right: what a block is, what is left out, and intervals over prompts.
+"""Counts blocks of speculative decoding: what a block is, what is excluded, and intervals over prompts.
 
 A block is one engine step of one request after its prefill: the drafts the target accepted, and one token of its own.
 
-- The first token comes from the prefill: it is no block.
-- A block that the length limit cuts would look shorter than it is. So more tokens are asked for than are counted
+- The first token comes from the prefill and is not a block.
+- A block cut by the length limit would look shorter than it is. More tokens are therefore requested than are counted
   (`tokens_to_ask`), and only blocks that start before `max_tokens` count, each of them whole.
-- A block in which the sequence stops counts the tokens it delivered. Drafts after an accepted stop token were neither
-  accepted nor rejected: they are in no denominator.
-- A sequence without a block counts as none.
+- A block ended by a stop token counts the tokens it produced. Drafts after an accepted stop token were neither
+  accepted nor rejected and are in no denominator.
+- A sequence without a block is not counted.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def acceptance_length(answers: Sequence[Answer]) -> float | None:
 
 
 def per_position(answers: Sequence[Answer], k: int) -> list[float | None]:
-    """Share of blocks whose draft i was accepted, i = 1..k; None where no block tells."""
+    """Share of blocks whose draft i was accepted, i = 1..k; None where no block reached it."""
     accepted, judged = [0] * k, [0] * k
     for answer in answers:
         for i, tokens in enumerate(answer.blocks):
@@ -131,7 +131,7 @@ def table(answers: Sequence[Answer]) -> np.ndarray:
 
 
 def resample(n: int, seed: int = 0) -> np.ndarray:
-    """How often each of n prompts is in each bootstrap sample, [DRAWS, n]. One for all: that pairs them."""
+    """How often each of n prompts is in each bootstrap sample, [DRAWS, n]; shared by all rows, which pairs them."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)
 
 
@@ -197,7 +197,7 @@ def _compare(a: float, b: float, draws_a: np.ndarray | None, draws_b: np.ndarray
 
 
 def by_category(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
-    """Answers under their category, in order of appearance; those without one are in none."""
+    """Answers by category, in order of appearance; answers without a category are left out."""
     found: dict[str, list[Answer]] = {}
     for answer in answers:
         if answer.category is not None:

@@ -33,7 +33,7 @@ WARM_UP = 16  # tokens
 
 
 class Settings(TypedDict):
-    """All that numbers depend on and contenders have in common, as results.json has it."""
+    """Everything the numbers depend on that all candidates share, as stored in results.json."""
 
     target: str
     target_weights: str
@@ -134,7 +134,7 @@ def main(job: str, result: str) -> None:
     raw, settings, prompts = json.loads(Path(job).read_text(encoding="utf-8"))
     try:
         found = measure(Contender(**raw), settings, prompts)
-    except Exception as error:  # whatever vLLM raises is told by the process that waits for this one
+    except Exception as error:  # whatever vLLM raises is reported by the process that waits for this one
         if not isinstance(error, SteeringError):
             traceback.print_exc()
         found = {"error": str(error) or type(error).__name__}

@@ -1,7 +1,7 @@
-"""What numbers depend on besides the options: switch, releases, processors, and variables that vLLM reads.
+"""What results depend on besides the options: the kill switch, releases, processors, and variables that vLLM reads.
 
-It is in a benchmark's settings under "conditions", shown in its table, and compared when it is resumed. Results from
-before it was recorded are compared by what they have.
+Stored in a benchmark's settings under "conditions", shown in its table, and compared on resume. Older results, which
+lack it, are compared by the values they do have.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def refuse_other(now: dict[str, Any], settings: dict[str, Any], measured: list[d
 
 
 def shown(found: dict[str, Any]) -> str:
-    """For the table: what is not as it is by default; empty if all is."""
+    """For the table: every condition that is not the default; empty if there is none."""
     parts = [f"steering off ({KILL_SWITCH})"] if found["steering"] == "off" else []
     return ", ".join([*parts, *(f"{name}={value}" for name, value in found["environment"].items())])
 
@@ -107,7 +107,7 @@ def _value(name: str) -> str:
 
 
 def _of_old_results(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """What results from before "conditions" say: the releases and processors of each engine."""
+    """The conditions of results written before they were recorded: releases and processors of each engine."""
     found: dict[str, Any] = {}
     for contender in measured:
         environment = contender.get("environment", {})

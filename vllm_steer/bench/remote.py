@@ -1,7 +1,7 @@
 """`vllm-steer bench --url`: acceptance of a running server, by its own counters.
 
-The server is asked through its OpenAI-compatible API and counts by itself. Its counters know of no blocks: they include
-drafts nobody made (after a preemption or a full prefix hit vLLM verifies placeholders) and every other client's.
+The server is queried through its OpenAI-compatible API, and its own counters are read. They include placeholder drafts
+(after a preemption or a full prefix hit) and the requests of every other client.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _first_model(client: Any) -> str:
 
 
 def _key_or(error: Any, otherwise: str) -> SteeringError:
-    """What to say of a server's refusal: that it wants a key, if that is why."""
+    """The message for a rejected request; says so if the server wants an API key."""
     if error.status_code not in (401, 403):
         return SteeringError(otherwise)
     given = f"the one in {KEY} is not accepted" if os.environ.get(KEY) else f"none is set: set {KEY}"

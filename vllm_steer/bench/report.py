@@ -78,7 +78,7 @@ def _about(results: dict[str, Any]) -> list[str]:
 
 
 def _conditions(settings: dict[str, Any]) -> list[str]:
-    """How was sampled, and what was set; results from before these were recorded say neither."""
+    """How tokens were sampled and which options were set; empty for results that did not record it."""
     found = settings.get("conditions", {"steering": "on", "environment": {}})
     lines = [f"Sampling: {settings['sampling']}."] if "sampling" in settings else []
     if found["steering"] == "off":
@@ -108,7 +108,7 @@ def _environment(contender: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[str]:
-    """One line per contender; columns that nobody fills are left out."""
+    """One line per candidate; empty columns are left out."""
     known = {c["name"]: c for c in contenders}
     slow = next((row.get("tokens_per_second") for row in rows if row["name"] == "none"), None)
     k = max(len(row["acceptance_rates"]) for row in rows)

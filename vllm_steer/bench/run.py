@@ -254,7 +254,7 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
 
 
 def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> Settings:
-    """All that numbers depend on and contenders have in common."""
+    """Everything the numbers depend on that all candidates share."""
     assert config.target is not None
     return {
         "target": config.target,
@@ -276,7 +276,7 @@ def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> 
 
 
 def _say_what_is_off(config: BenchConfig, settings: Settings) -> None:
-    """Warn when steered drafters are about to be measured without their steering, which the table will say too."""
+    """Warn when steered drafters are about to be measured without their steering; the table says so too."""
     steered = [contender.name for contender in config.contenders if contender.steering is not None]
     additional = config.engine_options.get("additional_config") or {}
     scale = (additional.get("vllm_steer") or {}).get("scale", 1) if isinstance(additional, dict) else 1
@@ -287,12 +287,12 @@ def _say_what_is_off(config: BenchConfig, settings: Settings) -> None:
 
 
 def _digest(prompts: list[dict[str, Any]]) -> str:
-    """Of the prompts as they are used: after tokenizer and chat template, or as texts sent to a server."""
+    """Hash of the prompts as they are used: after tokenizer and chat template, or as texts sent to a server."""
     return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def _measured(output: Path, settings: Settings) -> list[dict[str, Any]]:
-    """The contenders the output holds. Raises SteeringError if there are none, or other settings were theirs."""
+    """The candidates in the output. Raises SteeringError if there are none, or if their settings differ."""
     path = output / RESULTS
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

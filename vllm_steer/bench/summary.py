@@ -13,7 +13,7 @@ NEW_NAMES = {"tokens_per_block": "acceptance_length", "accepted_at": "acceptance
 
 
 def with_new_names(results: dict[str, Any]) -> dict[str, Any]:
-    """A results.json as it is read, the keys of its rows as they are written now."""
+    """The contents of results.json, with keys of older versions renamed to today's."""
     parts = [
         part
         | {"rows": _renamed(part["rows"])}

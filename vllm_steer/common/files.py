@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file at once: whoever reads it sees the old or the new."""
+    """Replace a JSON file atomically: a reader sees the old contents or the new."""
     new = path.with_name(path.name + ".new")
     with open(new, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
@@ -51,7 +51,7 @@ def only_writer(lock: Path, what: str, *, wait: bool = False, keep: bool = False
     finally:
         if not keep:
             with contextlib.suppress(OSError):
-                lock.unlink()  # before it is let go: the next one makes its own
+                lock.unlink()  # before the lock is released: the next holder creates its own
         file.close()
 
 

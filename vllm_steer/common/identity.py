@@ -72,7 +72,7 @@ def fingerprint(model: str | Path, revision: str | None = None, *, tokenizer: bo
 
 
 def difference(recorded: Any, now: Any) -> str | None:
-    """What differs between a recorded value and one of now, e.g. "the weights differ"; None when nothing does.
+    """What differs between a recorded identity and a current one, e.g. "the weights differ"; None if nothing does.
 
     An identity of now (`fingerprint`) is compared with a record of either version; dicts of the same keys are compared
     key by key, and all else as it reads in JSON.
@@ -133,7 +133,7 @@ def _config_digest(model: str | Path, directory: Path) -> str:
 
 
 def _files_digest(directory: Path, patterns: tuple[str, ...], volatile: tuple[str, ...]) -> str:
-    """Of the files' names and contents; JSON counts by its values, since saving again changes its layout."""
+    """Digest of the files' names and contents; JSON counts by its values, since saving again changes its layout."""
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     contents = {path.relative_to(directory).as_posix(): _content_digest(path, volatile) for path in sorted(found)}
     return _digest(contents)
@@ -147,7 +147,7 @@ def _content_digest(path: Path, volatile: tuple[str, ...]) -> str:
             if isinstance(content, dict):
                 return _digest({key: value for key, value in content.items() if key not in volatile})
         except (ValueError, RecursionError):
-            pass  # a damaged file is told from a whole one by its bytes; who loads it refuses it
+            pass  # a damaged file differs in its bytes; loading it fails elsewhere
     return hashlib.sha256(raw).hexdigest()[:32]
 
 

@@ -94,7 +94,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _memory_of(path: Path) -> Iterator[Path | None]:
-    """The file's entry, locked: a second process waits, and finds what the first one read. None: there is no memory."""
+    """The file's entry, locked: a second process waits and reuses the first one's. None: nothing is remembered."""
     try:
         place = memory() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
         place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -189,7 +189,7 @@ def _pickled(path: Path, advance: Advance) -> list[Entry] | None:
         return [_pickled_entry(name, tensor, advance) for name, tensor in state.items()]
     except (OSError, MemoryError):
         raise
-    except Exception:  # torch raises pickle, zip and runtime errors alike; who loads the file refuses it
+    except Exception:  # torch raises pickle, zip and runtime errors alike; loading the file reports it
         return None
 
 

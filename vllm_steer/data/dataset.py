@@ -6,9 +6,9 @@ A line is one of (other keys, such as `generate` writes, are left alone; a "cate
     {"text": TEXT}                                          no prompt: every token is a response
     {"prompt_ids": [...], "response_ids": [...]}            token ids, taken as they are
 
-Lines that cannot be used are left out, named and counted, as in prompt files (jsonl.py). Rows that the limits of a run
-take away or cut (its length, the models' positions and vocabulary) are counted and said; a run that they leave less
-than half of the rows, or a tenth of the response tokens, is refused.
+Lines that cannot be used are left out, named and counted, as in prompt files (jsonl.py). Rows dropped or truncated by
+the limits of a run (its length, the models' positions and vocabulary) are counted and reported; a run that keeps less
+than half of the rows, or less than a tenth of the response tokens, is rejected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 FORMS = ({"prompt", "response"}, {"text"}, {"prompt_ids", "response_ids"})
 ALLOWED = '{"prompt", "response"}, {"text"} or {"prompt_ids", "response_ids"}'
-LEAST_ROWS, LEAST_TOKENS = 1 / 2, 1 / 10  # of rows and of response tokens, that the limits of a run must leave
+LEAST_ROWS, LEAST_TOKENS = 1 / 2, 1 / 10  # share of rows and of response tokens that must remain
 
 
 def read_rows(
@@ -97,20 +97,20 @@ def read_file(
 
 
 class _OutsideVocabulary(SteeringError):
-    """Token ids that no text has: a model's embeddings may be padded, and sampling may find the padding."""
+    """Token ids that stand for no text: embeddings may be padded, and sampling may return an id of the padding."""
 
 
 class _Limits:
-    """What a run's length and its models' positions take from the rows of a file."""
+    """Counts the rows and tokens lost to a run's maximum length and its models' positions."""
 
     def __init__(self, path: str | Path, length: int, positions: tuple[int, str] | None):
         self.path, self.length, self.positions = path, length, positions
         self.lost: Counter[str] = Counter()  # rows by reason
         self.kept = self.cut = 0  # rows
-        self.cut_tokens = self.tokens = 0  # of responses: cut off, and before cutting
+        self.cut_tokens = self.tokens = 0  # response tokens: cut off, and in all
 
     def apply(self, row: Row) -> Row | None:
-        """The row cut to the length, or None when nothing that can be trained on is left of it."""
+        """The row truncated to the length, or None if nothing trainable is left."""
         if row.prompt_length >= len(row.ids):
             raise SteeringError("the response is empty")
         response, kept = len(row.ids) - row.prompt_length, min(len(row.ids), self.length) - row.prompt_length
@@ -127,7 +127,7 @@ class _Limits:
         return replace(row, ids=row.ids[: self.length])
 
     def reasons(self) -> list[str]:
-        """What was lost and cut, in words."""
+        """What was dropped and truncated, in words."""
         rows = self.kept + self.lost.total()
         found = [f"{count} of {rows} rows left out: {reason}" for reason, count in self.lost.items() if count]
         if self.cut:
@@ -141,7 +141,7 @@ class _Limits:
             log.warning("%s: %s", self.path, reason)
 
     def require_enough(self, summary: str) -> None:
-        """Raises SteeringError when so little is left that nobody can have meant it."""
+        """Raises SteeringError if too little is left to be intended."""
         rows = self.kept + self.lost.total()
         if self.kept < LEAST_ROWS * rows:
             raise SteeringError(
@@ -171,7 +171,7 @@ def collate(rows: list[Row]) -> dict[str, Tensor]:
 
 
 def without_prompts(rows: list[Row], others: list[Row]) -> list[Row]:
-    """The rows whose prompt is no prompt of `others`."""
+    """The rows whose prompt does not occur in `others`."""
     taken = {row.prompt for row in others}
     return [row for row in rows if row.prompt not in taken]
 

@@ -167,7 +167,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 def _write(
     config: GenerateConfig, requests: Iterator[Request], file: ResponseFile, dropped: dict[str, str], total: int
 ) -> dict[str, Any]:
-    """Have all requests answered and written; returns this run's counts and speed.
+    """Answer all requests and write the rows; returns this run's counts and speed.
 
     The clock starts when the engine is ready; with Ray, whose engines start one by one, before they do.
     """
@@ -197,7 +197,7 @@ def _write(
 
 @contextmanager
 def _answers(config: GenerateConfig, requests: Iterator[Request]) -> Iterator[Iterable[dict[str, Any]]]:
-    """Rows for the requests, from Ray's engines or one of our own; none is started when nothing is asked."""
+    """Rows for the requests, from Ray's engines or one of our own; no engine is started if there are no requests."""
     settings = EngineConfig(
         config.model,
         config.max_model_len,
@@ -224,7 +224,7 @@ def _answers(config: GenerateConfig, requests: Iterator[Request]) -> Iterator[It
 def _requests(
     config: GenerateConfig, prompts: list[Prompt], tokenizer: Any, done: set[tuple[str, int]], dropped: dict[str, str]
 ) -> Iterator[Request]:
-    """What is still to be asked, prompt by prompt; one whose messages the chat template refuses is dropped."""
+    """The requests still to be made, prompt by prompt; a prompt that the chat template rejects is dropped."""
     template = config.template_options
     for prompt in prompts:
         samples = [n for n in range(config.samples) if (prompt.id, n) not in done]
@@ -262,7 +262,7 @@ def _tokenizer(model: str, prompts: list[Prompt]) -> Any:
 
 
 def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
-    """The sidecar at the start of a run, written: a new one, or the old one of the same settings with a run more.
+    """Write and return the sidecar at the start of a run: a new one, or the existing one with this run appended.
 
     Raises SteeringError naming the option that differs from the run that is resumed.
     """
@@ -309,7 +309,7 @@ def _begin(config: GenerateConfig, split: str | None) -> dict[str, Any]:
 
 
 def _identity(meta: dict[str, Any]) -> dict[str, Any]:
-    """What a resumed run must have in common with the one before, by option."""
+    """The options that a resumed run must share with the first."""
     return {
         "--model (fingerprint)": meta["model"]["fingerprint"],
         "--prompts (SHA-256)": meta["prompts"]["sha256"],

@@ -16,7 +16,7 @@ from typing import Any
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.jsonl import parse_line
 
-SYNC_SECONDS = 5.0  # what a power cut may lose; a killed process loses nothing that was written
+SYNC_SECONDS = 5.0  # seconds a power cut may lose; a killed process loses nothing
 
 
 class ResponseFile:
@@ -51,7 +51,7 @@ class ResponseFile:
     def __exit__(self, *_: object) -> None:
         if self.done:
             os.fsync(self._file.fileno())
-        else:  # nothing was begun
+        else:  # nothing to continue
             self._path.unlink()
             meta_path(self._path).unlink(missing_ok=True)
         self._file.close()
@@ -83,7 +83,7 @@ class ResponseFile:
             raise SteeringError(f"{self._path} is being written by another process: let it finish") from None
 
     def _read_back(self) -> None:
-        """Count what is there and cut off a last line that was not finished."""
+        """Count the existing rows and cut off an unfinished last line."""
         reader, end = io.BufferedReader(self._file), 0
         for number, line in enumerate(reader, start=1):
             if not line.endswith(b"\n"):

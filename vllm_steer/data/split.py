@@ -1,4 +1,4 @@
-"""Which rows are held out of a training, and how a run that is resumed holds out the same ones.
+"""Which rows are held out of training, and how a resumed run holds out the same ones.
 
 About a twentieth of the rows, 1 to 64, are held out by whole prompts: all samples of a prompt lie on one side. The
 choice depends on the prompts and their categories alone, not on the order of the file nor on the run's seed, so runs
@@ -22,7 +22,7 @@ from vllm_steer.common.files import write_json
 log = logging.getLogger(__name__)
 
 SEED = 0
-SHARE, MOST = 20, 64  # one row in twenty, at most so many
+SHARE, MOST = 20, 64  # of one row in twenty, the maximum
 FILE = "held_out.json"  # beside the checkpoints of a run
 
 
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The ids that tell one prompt's rows from another's: a row without a prompt is its own."""
+        """The token ids that identify the row's prompt; a row without a prompt counts as a prompt of its own."""
         return self.ids[: self.prompt_length or None]
 
 
@@ -112,7 +112,7 @@ def describe(rows: Sequence[Row], held_out: Sequence[Row], name: str) -> str:
 
 
 def check_control(control: str, held_out: str) -> None:
-    """Warn of a control whose own training held out other rows: it may have trained on those it is measured on here."""
+    """Warn if the control was trained with another split: it may have seen the rows it is measured on here."""
     try:
         record = json.loads((Path(control) / "training.json").read_text(encoding="utf-8"))
         found = record["acceptance"]["data"]

@@ -76,12 +76,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a row is still to come."""
+        """Whether any request is unfinished."""
         return bool(self._open or self._refused)
 
     @property
     def full(self) -> bool:
-        """Whether more requests would only wait."""
+        """Whether further requests would only queue."""
         return len(self._open) >= self._window
 
     def add(self, request: Request) -> None:
@@ -138,7 +138,7 @@ class Engine:
             yield from self.step()
 
     def close(self) -> None:
-        """Give back the device."""
+        """Release the device."""
         self._engine.engine_core.shutdown()
 
 
@@ -161,7 +161,7 @@ class Worker:
             self._inbox.put((Request(**json.loads(text)), futures[-1]))
         try:
             rows = [future.result() for future in futures]
-        except SteeringError as error:  # Ray would bury the sentence under tracebacks
+        except SteeringError as error:  # Ray would bury the message under tracebacks
             rows = [{"error": str(error)}]
         return {"row": [json.dumps(row) for row in rows]}
 
@@ -182,7 +182,7 @@ class Worker:
         except BaseException as error:
             for future in waiting.values():
                 future.set_exception(error)
-            while True:  # whoever asks now gets the same answer
+            while True:  # later callers get the same answer
                 self._inbox.get()[1].set_exception(error)
 
 

@@ -94,7 +94,7 @@ class _Cached:
         return out.logits[0].float(), inputs
 
     def crop(self, length: int) -> None:
-        """Forget positions from `length` on."""
+        """Drop positions from `length` on."""
         surplus = self.cache.get_seq_length() - length
         if surplus > 0:
             self.cache.crop(-surplus)

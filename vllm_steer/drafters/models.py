@@ -114,7 +114,7 @@ def require_loadable(directory: Path) -> None:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
-    except Exception as error:  # transformers raises what the first wrong value breaks
+    except Exception as error:  # transformers raises whatever the first wrong value breaks
         raise SteeringError(f"the weights of {directory} do not load ({' '.join(str(error).split())[:300]})") from None
     if missing := sorted(loaded[1]["missing_keys"]):
         raise SteeringError(

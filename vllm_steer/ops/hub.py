@@ -1,4 +1,4 @@
-"""Sharing: a model card made of what is on record, and the upload to the hub.
+"""`vllm-steer push`: a model card made from the checkpoint's records, and the upload to the hub.
 
 A card says what a checkpoint's own provenance says, and of acceptance only what was measured: the prediction made at
 training, under that name, and tables of `vllm-steer bench` whose steering weights are these.
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 ROLES = ("target", "drafter")
-FILES = (  # that a checkpoint consists of, by pattern; all else stays here
+FILES = (  # patterns of the files of a checkpoint; nothing else is uploaded
     *("README.md", "config.json", "preprocessor_config.json", "processor_config.json"),
     *(
         f"{name}{end}"
@@ -46,7 +46,7 @@ FOLDERS = {
     checkpoint.FOLDER: tuple(f"{checkpoint.FOLDER}/{name}" for name in checkpoint.FILES),
     "additional_chat_templates": ("additional_chat_templates/*.jinja",),
 }
-OURS = "<!-- written by vllm-steer push -->"  # a card without this line is its author's, and is kept
+OURS = "<!-- written by vllm-steer push -->"  # a card without this line was written by hand and is kept
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def push(config: PushConfig) -> str:
     """
     directory = Path(config.directory)
     for item in directory.rglob("*"):
-        if item.is_symlink():  # an upload follows it, wherever it leads
+        if item.is_symlink():  # an upload follows links, wherever they lead
             checkpoint.own_file(item, directory)
     path = directory / CARD
     if path.exists() and OURS not in path.read_text(encoding="utf-8"):
@@ -142,7 +142,7 @@ def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name
 
 
 def _header(config: SteeringConfig, license_name: str | None) -> str:
-    """The card's metadata; what the hub's own client writes is YAML whatever a licence is called."""
+    """The card's metadata, written by the hub's own client so that it is valid YAML for any licence."""
     from huggingface_hub import ModelCardData
 
     base = config.drafter.name if "/" in config.drafter.name else None
@@ -232,7 +232,7 @@ def _require_steered(contender: dict[str, Any], settings: dict[str, Any], bench:
 
 
 def _asked_scale(settings: dict[str, Any]) -> Any:
-    """The scale in the engine's options of a benchmark, whatever else is in them; 1 when there is none."""
+    """The scale in a benchmark's engine options; 1 if none is given."""
     found: Any = settings
     for key in ("engine", "additional_config", "vllm_steer", "scale"):
         found = found.get(key) if isinstance(found, dict) else None

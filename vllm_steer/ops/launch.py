@@ -1,4 +1,4 @@
-"""`vllm-steer serve DIR`: become `vllm serve` with what the checkpoint knows, and with whatever else is asked for.
+"""`vllm-steer serve DIR`: run `vllm serve` with the checkpoint's settings and any further options of vLLM.
 
 Nothing is served from here: this process is replaced by vLLM's. Every option that is not ours goes to vLLM as typed.
 """
@@ -22,7 +22,7 @@ from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
-DRAFT_LENGTH = 5  # for a checkpoint that does not say what it was trained for
+DRAFT_LENGTH = 5  # for a checkpoint that does not record its draft length
 SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default
 SPECULATIVE, ADDITIONAL = "speculative_config", "additional_config"
 JSON_OPTIONS = {"--speculative-config": SPECULATIVE, "-sc": SPECULATIVE, "--additional-config": ADDITIONAL}
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """`vllm-steer serve`: print the command, then be it."""
+    """`vllm-steer serve`: print the command, then replace this process with it."""
     words = command(args.directory, args.rest, args.target, args.drafter)
     print(shlex.join(words if args.dry_run else redact_words(words, paths=True)), flush=True)
     if not args.dry_run:
@@ -139,7 +139,7 @@ def _named(recorded: str, given: str | None, role: str, option: str) -> tuple[st
 
 
 def take_json(words: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Take what the user says of speculation and of plugins out of vLLM's options: JSON objects, and --spec-tokens.
+    """Take the user's options of speculation and plugins out of vLLM's: JSON objects, and --spec-tokens.
 
     Returns ({"speculative_config": {...}, "additional_config": {...}}, the other words as they were). Raises
     SteeringError for vLLM's other spellings of the same, which it would read beside what the checkpoint says.
@@ -172,7 +172,7 @@ def take_json(words: list[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def _refuse_in_file(path: str) -> None:
-    """Raise SteeringError if a vLLM --config file says what the checkpoint says, too. vLLM refuses unreadable ones."""
+    """Raise SteeringError if a vLLM --config file sets what the checkpoint sets. vLLM rejects unreadable files."""
     import yaml
 
     try:

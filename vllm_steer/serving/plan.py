@@ -93,7 +93,7 @@ class Plan:
 def written(vllm_config: VllmConfig) -> Written | None:
     """What `prepare` decided for a drafter, None if it has not.
 
-    Raises SteeringError for a forged config.json, or a plan that lost its type on the way to a worker.
+    Raises SteeringError for a forged config.json, or a plan whose type was lost on the way to a worker.
     """
     draft: Any = getattr(vllm_config.speculative_config, "draft_model_config", None)
     raw = getattr(getattr(draft, "hf_config", None), PLAN, None)

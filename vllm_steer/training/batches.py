@@ -1,4 +1,4 @@
-"""What a training reads: the rows of its data files, and batches with the target's states beside them."""
+"""What a training run reads: the rows of its data files, and batches with the target's states."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def read_data(config: TrainConfig, tokenizer: Any) -> tuple[list[Row], list[Row]
 
 
 def model_limits(*models: str) -> dict[str, Any]:
-    """`positions` and `embeddings` for `read_file`: of the model that has the fewest; None where none says."""
+    """`positions` and `embeddings` for `read_file`: the smallest of the models' values; None if no model states one."""
     found: dict[str, list[tuple[int, str]]] = {"max_position_embeddings": [], "vocab_size": []}
     for name in models:
         config = text_config(read_model_config(name))

@@ -1,4 +1,4 @@
-"""What never changes while a drafter trains, computed once and kept on disk: the target's states, and a frozen trunk.
+"""A disk cache of what does not change during training: the target's states, and the output of a frozen trunk.
 
     cache.json      what it was made from, how many rows are done
     states.bin      bfloat16 [tokens, 3H]   inputs of three target layers
@@ -62,7 +62,7 @@ class StateCache:
         if self.done == len(self.rows):
             return
         with only_writer(self.directory / LOCK, f"the cache {self.directory}", wait=True, keep=True):
-            self.done = self._open()  # by now another process may have gone on
+            self.done = self._open()  # another process may have continued meanwhile
             try:
                 self._fill(read, batch_size)
             except OSError as error:
@@ -182,7 +182,7 @@ class StateCache:
                 raise SteeringError(f"{path} is {how} than {INDEX} says: {self._remedy}")
 
     def _adopt(self, done: int) -> np.ndarray:
-        """Take the checksums of a cache whose version kept none, for this run and, if it can be written, later ones."""
+        """Compute the checksums of a cache that has none, for this run and, if they can be written, for later ones."""
         log.warning("%s has no checksums yet: only its sizes are checked, and the checksums taken now", self.directory)
         sums = np.zeros((done, len(self.names)), np.uint32)
         for column, name in enumerate(self.names):

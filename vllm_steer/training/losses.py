@@ -74,7 +74,7 @@ RENAMED = {"overlap": "rejection"}  # 0.1.0 called the loss by the score that it
 
 
 def current_name(name: str) -> str:
-    """A loss's name of today; anything else as it is."""
+    """The current name of a loss; other values are returned unchanged."""
     if name in RENAMED:
         log.warning("--loss %s is called %s now; the old name goes in the next release", name, RENAMED[name])
     return RENAMED.get(name, name)

@@ -112,12 +112,12 @@ class Pair(nn.Module):
         return self.compare([self.loss], batch, source).sum()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form of two
-        """What trains and nothing else: a resumable checkpoint need not carry frozen weights or tied copies."""
+        """The trained weights only: a resumable checkpoint needs no frozen weights and no tied copies."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in trained}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The inverse: frozen weights are not missed."""
+        """The inverse; frozen weights may be absent."""
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
@@ -125,7 +125,7 @@ class Pair(nn.Module):
         return found
 
     def detach(self) -> None:
-        """Take the wrappers off the drafter and give it its first layers back, so that it saves as it came."""
+        """Remove the wrappers and restore the first layers, so that the drafter is saved in its original form."""
         for injector in self._injector:
             injector.detach()
         if self.first_layer:

@@ -1,4 +1,4 @@
-"""What a training was started with, kept beside its checkpoints: `--resume` goes on with that, or is refused by name.
+"""The settings a run was started with, stored beside its checkpoints; `--resume` compares them and rejects differences.
 
     run.json    every option that shapes the weights, models by identity and data by hash, whatever they are called
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FILE, VERSION = "run.json", 1
 FREE = {
     *("output", "resume", "steps", "save_every", "keep", "control", "cache", "report_to"),
-    *("gradient_checkpointing", "ray", "workers"),  # how many processes there are is compared as "processes"
+    *("gradient_checkpointing", "ray", "workers"),  # the number of processes is compared as "processes"
 }
 
 
@@ -62,11 +62,11 @@ def require_same(config: TrainConfig, checkpoint: Path) -> None:
     now, known = _settings(config), path.exists()
     defaults = {field.name: field.default for field in dataclasses.fields(config)} if known else {}
     for key in sorted(before.keys() | defaults.keys() & now.keys()):
-        recorded = before.get(key, defaults.get(key))  # an option that is newer than the run had its default
+        recorded = before.get(key, defaults.get(key))  # an option newer than the run had its default value
         if difference(recorded, now.get(key)):
             was, given = names.get(key, recorded), _names(config).get(key, now.get(key))
             what = options.flag(key) if key in vars(config) else f"the number of {key}"
-            if was == given:  # another model or file of one name
+            if was == given:  # another model or file of the same name
                 given = f"another of that name ({difference(recorded, now.get(key))})"
             raise SteeringError(
                 f"{what} was {_shown(was)} when {checkpoint.parent.parent} was started, and is {_shown(given)} now: "
@@ -75,7 +75,7 @@ def require_same(config: TrainConfig, checkpoint: Path) -> None:
 
 
 def note_resume(config: TrainConfig, checkpoint: Path) -> None:
-    """Add to the record that the run goes on from `checkpoint`."""
+    """Add to the record that the run was resumed from `checkpoint`."""
     path = checkpoint.parent / FILE
     if path.exists():
         record = _read(path)
@@ -85,7 +85,7 @@ def note_resume(config: TrainConfig, checkpoint: Path) -> None:
 
 
 def resumptions(checkpoints: Path) -> dict[str, Any]:
-    """{"resumed": ...} of a run that was, for its provenance, else {}."""
+    """{"resumed": ...} for the provenance of a resumed run, else {}."""
     path = checkpoints / FILE
     found = _read(path)["resumed"] if path.exists() else []
     return {"resumed": found} if found else {}
@@ -118,7 +118,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _names(config: TrainConfig) -> dict[str, Any]:
-    """How models and files were called, for the sentences."""
+    """The names of models and files, for error messages."""
     names: dict[str, Any] = {key: public_name(getattr(config, key)) for key in ("target", "drafter")}
     return names | {"data": [public_name(path) for path in config.data]}
 
@@ -128,7 +128,7 @@ def _shown(value: Any) -> str:
 
 
 def _of_old_run(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint itself says of the options it was made with."""
+    """The options that a checkpoint itself records."""
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         optimizer = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)

@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run", "train"]  # the first two are the verb's
 
-BEST = "eval_acceptance_length_sampled"  # predicted at temperature 1, what --keep best goes by
+BEST = "eval_acceptance_length_sampled"  # predicted at temperature 1; --keep best compares it
 
 
 def run(args: argparse.Namespace) -> None:
-    """`vllm-steer train`: train, then say what was written and what it accepts."""
+    """`vllm-steer train`: train, then print what was written and the measured acceptance."""
     config = options.from_arguments(TrainConfig, args)
     acceptance = train_on_ray(config) if config.ray else train(config)
     if acceptance is not None:
@@ -87,14 +87,14 @@ def _fit_on_ray(local: TrainConfig) -> None:
 
 @contextlib.contextmanager
 def _own_output(config: TrainConfig) -> Iterator[None]:
-    """Nobody else trains into the output meanwhile."""
+    """Hold the output directory: no other process trains into it meanwhile."""
     output = Path(config.output).resolve()
     with only_writer(output.parent / f".{output.name}.lock", config.output):
         yield
 
 
 def before_training(config: TrainConfig) -> None:
-    """Raises SteeringError unless the output is new, or a stopped run of the same options that is to go on."""
+    """Raises SteeringError unless the output is new, or a stopped run with the same options is resumed."""
     output = Path(config.output)
     if config.cache is not None and Path(config.cache).resolve().is_relative_to(output.resolve()):
         raise SteeringError(
@@ -129,7 +129,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     Raises SteeringError for a pair that does not fit, unreadable data, an output that exists, or a loss that is not
     finite.
     """
-    if int(os.environ.get("RANK", 0)) != 0 or config.ray:  # the others may come when the first has begun
+    if int(os.environ.get("RANK", 0)) != 0 or config.ray:  # the other processes may enter once the first has begun
         return _train(config)
     with _own_output(config):
         before_training(config)
@@ -255,7 +255,7 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
         ) -> Tensor:
             """This forward's share of the mean over all positions of the step, so that each of them weighs the same."""
             batch = source.complete(inputs)
-            # A function of step and rows: a resumed run draws the same, other processes and forwards do not.
+            # Seeded by step and rows: a resumed run draws the same numbers, other processes and forwards draw others.
             rng = random.Random(f"{config.seed}:{self.state.global_step}:{int(inputs['input_ids'].sum())}")
             length = inputs["input_ids"].shape[1]
             steered_from = guide_sources(config.offsets, inputs["prompt_lengths"], length, config.k, rng)

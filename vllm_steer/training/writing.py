@@ -1,4 +1,4 @@
-"""The result of a training as files: tried before the first step, written after the last."""
+"""Writes the result of a training run; whether that will work is tried before the first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GENERATION = "generation_config.json"
 
 
 def rehearse(config: TrainConfig, pair: Pair, tokenizer: Any, stored: torch.dtype) -> None:
-    """Find what would keep the result from being written, before hours go into it.
+    """Find out before training whether the result can be written.
 
     Raises SteeringError for an output that cannot be written, a disk that is too small, and a model or tokenizer that
     transformers does not save.
@@ -41,7 +41,7 @@ def rehearse(config: TrainConfig, pair: Pair, tokenizer: Any, stored: torch.dtyp
                 tokenizer.save_pretrained(scratch)
                 _original_generation_config(config.drafter)
         _require_room(output, pair, stored)
-    except Exception as error:  # transformers raises as many kinds as it has files
+    except Exception as error:  # transformers raises many unrelated types
         if not there:
             shutil.rmtree(output, ignore_errors=True)
         if isinstance(error, SteeringError):
@@ -122,7 +122,7 @@ def _original_generation_config(source: str) -> Path | None:
 
 
 def set_steering_aside(config: TrainConfig, drafter: PreTrainedModel) -> None:
-    """Prepare a drafter that is itself a steered checkpoint: this run trains or leaves out a steering of its own.
+    """Prepare a drafter that is itself a steered checkpoint: its steering is replaced or dropped by this run.
 
     Raises SteeringError in mode steer: an adapter for it could not be served, the drafter carries its own steering.
     """

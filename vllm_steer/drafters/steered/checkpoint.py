@@ -195,7 +195,7 @@ def merge_adapter(adapter: str | Path, drafter: str | Path, output: str | Path) 
     if have != want:
         raise SteeringError(f"{drafter} is {have}, the adapter is for {want}: give the drafter it was trained with")
     with filling(output):
-        save(output, steering)  # first: whatever happens next, the drafter is never there without it
+        save(output, steering)  # first, so that the drafter never exists without it
         copy_files(drafter, output)
         mark(output)
     return output
@@ -208,7 +208,7 @@ def filling(output: Path) -> Iterator[None]:
     Raises SteeringError naming the directory when a file cannot be read or written, a full disk for one.
     """
     with only_writer(output.parent / f".{output.name}.lock", str(output)):
-        refuse_used(output)  # again: another process may have been faster
+        refuse_used(output)  # checked again: another process may have been faster
         try:
             output.mkdir(parents=True, exist_ok=True)
             yield
@@ -301,7 +301,7 @@ def _read_tensors(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, T
 
 
 def _layers(config: SteeringConfig) -> str:
-    """Which layers are read and steered: what no shape and no delta tells."""
+    """Which layers are read and steered, which neither shapes nor deltas can tell."""
     return f"target {list(config.target_layer_ids)}, drafter {list(config.steered_layers)}"
 
 

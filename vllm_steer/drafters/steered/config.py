@@ -1,4 +1,4 @@
-"""What a steering module was made for: the contents of `steering/config.json`, checked strictly."""
+"""The contents of `steering/config.json`, checked strictly: what a steering module was made for."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SteeringConfig:
     def for_models(
         cls, target: Any, drafter: Any, names: tuple[str, str] = ("target", "drafter"), **options: Any
     ) -> SteeringConfig:
-        """For two transformers configs; an option left out or None is three spread target layers, every drafter layer.
+        """Build from two transformers configs. Defaults: three spread target layers, every drafter layer.
 
         Raises SteeringError for models without the sizes steering needs, or options that do not fit them.
         """
@@ -115,7 +115,7 @@ class SteeringConfig:
         """Read `steering/config.json`. Raises SteeringError if it is absent, not JSON, or not valid."""
         try:
             config = cls.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
-            config.to_dict()  # nested deeper than it can be copied: better told now than when it is saved again
+            config.to_dict()  # nested too deeply to be copied: reported now rather than when it is saved again
         except SteeringError:
             raise
         except OSError as error:
@@ -201,7 +201,7 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         raise SteeringError(f"{where} is {raw!r}, allowed is an object")
     _check_keys(cls, raw, where)
-    name = raw["name"]  # it is printed, and half a character or a terminal's control codes must not be
+    name = raw["name"]  # it is printed: no lone surrogates, no control codes of a terminal
     if not isinstance(name, str) or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         raise SteeringError(f"{where}.name is {name!r}, allowed is a string without control characters")
     return cls(**raw)

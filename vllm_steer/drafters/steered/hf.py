@@ -34,7 +34,7 @@ class SteeredProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """That of the wrapped layer: some models look at its dtype."""
+        """The wrapped layer's weight: some models read its dtype."""
         return cast(Tensor, self.inner.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Injector:
             self.deltas = before
 
     def detach(self) -> None:
-        """Take every wrapper off: the model is again what it was."""
+        """Remove every wrapper and restore the model."""
         for mlp, name in self._parents:
             setattr(mlp, name, getattr(mlp, name).inner)
         self._parents = []

@@ -57,7 +57,7 @@ def import_published(source: str | Path, drafter: str | Path, target: str | Path
     model = AutoModelForCausalLM.from_config(drafter_config, dtype=dtype)  # not config.dtype: it may be narrower
     _load_exact(model, base, source)
     with filling(output):
-        save(output, steering)  # first: whatever happens next, the drafter is never there without it
+        save(output, steering)  # first, so that the drafter never exists without it
         model.save_pretrained(output)
         copy_files(drafter, output, _beside_weights)
         mark(output)
@@ -71,7 +71,7 @@ def _beside_weights(item: Path) -> bool:
 
 
 def _convert_config(source: Path, drafter: Path, drafter_config: Any, target: str | Path) -> SteeringConfig:
-    """Layer ids keep their order, in which the weights are laid out; SteeringConfig refuses any but ascending."""
+    """Layer ids keep their order, which is that of the weights; SteeringConfig rejects any other than ascending."""
     path = source / "config.json"
     published = _read_published_config(path)
     shape = drafter_shape(str(published.get("drafter", drafter)), drafter_config)

@@ -1,7 +1,7 @@
 """What `vllm-steer doctor` looks at before a server runs: this environment, a checkpoint, its target.
 
-Each check is a function that says what it saw of one thing, and leaves in the `Case` what those after it need. It may
-raise: SteeringError for what has a sentence already.
+Each check is a function that yields what it found, and stores in the `Case` what later checks need. It may raise
+SteeringError where the message already exists.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
 TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
 MIB = 2**20
-MEMORY_SHARE = 0.1  # of a device: more is worth a thought
+MEMORY_SHARE = 0.1  # share of a device's memory above which to warn
 INSTALL = f"install vLLM {patching.WORKS_WITH}: pip install 'vllm-steer[gpu]', or [cpu]"
 
 
@@ -58,7 +58,7 @@ def plugin(case: Case) -> Iterable[Finding]:
 
 
 def kill_switch(case: Case) -> Iterable[Finding]:
-    """Nobody left steering switched off."""
+    """The kill switch is not on."""
     if disabled():
         seen = f"{KILL_SWITCH} is {os.environ[KILL_SWITCH]!r}: every drafter runs unsteered"
         yield Finding("kill switch", WARNING, seen, f"unset {KILL_SWITCH}")
@@ -68,7 +68,7 @@ def kill_switch(case: Case) -> Iterable[Finding]:
 
 
 def seam_places(case: Case) -> Iterable[Finding]:
-    """Every place in vLLM where steering goes in."""
+    """Every place in vLLM that the plugin replaces or joins."""
     runners = introspection.runners()
     for seam, way in introspection.seam_ways():
         name = f"seam {seam.module.rpartition('.')[2]}.{seam.name}"  # two modules may hold one name

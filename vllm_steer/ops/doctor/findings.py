@@ -1,4 +1,4 @@
-"""What `vllm-steer doctor` looks at and what it sees, and the check that comes first. Light: torch may be broken."""
+"""The case and the findings of `vllm-steer doctor`, and its first check. Imports no torch, which may be broken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Finding:
 
 @dataclass
 class Case:
-    """What is examined: first as given, then what checks have found for those after them. None: not there.
+    """What is examined: the user's input, then what earlier checks have found. None: absent.
 
     Fields of type Any are looked at by checks that say they need them, and are called only where they are there.
     """
@@ -47,7 +47,7 @@ def python_packages(case: Case) -> Iterable[Finding]:
     for name, deeper in (("torch", "torch"), ("transformers", "transformers.models.qwen2.modeling_qwen2")):
         try:
             importlib.import_module(deeper)
-        except Exception as error:  # a broken extension raises what it likes
+        except Exception as error:  # a broken extension may raise anything
             remedy = f"install {name} again; CUDA builds of torchvision and torchaudio beside a CPU torch break it"
             yield Finding(name, FAIL, f"cannot be imported ({type(error).__name__}: {error})", remedy)
         else:

@@ -61,10 +61,10 @@ def all_checks() -> list[tuple[str, Check, tuple[str, ...]]]:
 
 
 def examine(case: Case) -> list[Finding]:
-    """Run every check that has what it needs, in order. None stops another: one that raises has failed."""
+    """Run every check whose inputs are there, in order. A check that raises has failed; the others still run."""
     findings = list(python_packages(case))
     if any(f.status == FAIL for f in findings):
-        return findings  # nothing else can be looked at without them
+        return findings  # no other check works without them
     for name, check, needs in all_checks():
         if missing := [need for need in needs if getattr(case, need) is None]:
             findings.append(Finding(name, SKIPPED, ABSENT[missing[0]]))
@@ -80,7 +80,7 @@ def examine(case: Case) -> list[Finding]:
 
 
 def redact_finding(found: Finding) -> Finding:
-    """What may be shown of it: what a check saw may hold an address or an error with a secret in it."""
+    """The finding with secrets masked: an address or an error message may contain one."""
     return dataclasses.replace(
         found, seen=redact(found.seen, paths=True), remedy=found.remedy and redact(found.remedy, paths=True)
     )
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Case) if getattr(args, f.name, None) is not None}
     for name in ("max_num_seqs", "tensor_parallel_size", "max_model_len"):
         require_at_least(flag(name), given.get(name, 1), 1)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM would say is asked for, check by check
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # each check reports what vLLM says
     with contextlib.redirect_stdout(sys.stderr):
         findings = [redact_finding(found) for found in examine(Case(**given))]
     failed = any(f.status == FAIL for f in findings)

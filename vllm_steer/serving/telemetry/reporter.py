@@ -44,7 +44,7 @@ def directory() -> Path:
 
 
 def namespace() -> str:
-    """In which this process's ids are what they are."""
+    """The PID namespace of this process, in which its process ids are valid."""
     return os.readlink("/proc/self/ns/pid")
 
 
@@ -70,7 +70,7 @@ class Reporter(threading.Thread):
         self._watchdog = Watchdog(list(self._recorded.values()))
         self._guides = self._norms = self._norm = 0.0
         self._file: Path | None = None
-        self._lost = False  # the file could not be written; it may be again
+        self._lost = False  # the file could not be written at the last look
         self._told_broken = False
         try:
             self._who = {"pid": os.getpid(), "namespace": namespace(), "ancestors": ancestors(), "engine": engine}
@@ -108,12 +108,12 @@ class Reporter(threading.Thread):
             return
         report = self._who | self._report(counts, injection.scale)
         try:
-            directory()  # what cleans temporary files may have taken it
+            directory()  # a cleaner of temporary files may have removed it
             draft = self._file.with_suffix(".new")
             draft.write_text(json.dumps(report), encoding="utf-8")
             draft.replace(self._file)
             self._lost = False
-        except OSError as error:  # a full disk: what is there has become old
+        except OSError as error:  # a full disk: the file is out of date
             remove(self._file)
             if not self._lost:
                 self._warn(error)
@@ -140,7 +140,7 @@ class Reporter(threading.Thread):
 
 
 def remove(path: Path | None) -> None:
-    """Take a worker's file away; no matter if it is gone."""
+    """Delete a worker's file if it exists."""
     if path is not None:
         for each in (path, path.with_suffix(".new")):
             with contextlib.suppress(OSError):
@@ -161,7 +161,7 @@ def find(top: int, engine: int) -> Path | None:
     for path in directory().glob("*.json"):
         if (report := read(path)) is None:
             continue
-        if report["namespace"] != namespace():  # a container that shares the folder: its ids mean nothing here
+        if report["namespace"] != namespace():  # another container that shares the folder: its process ids are not ours
             continue
         if not psutil.pid_exists(report["pid"]):
             remove(path)
