@@ -39,7 +39,7 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
     ),
     "serve": (
         "vllm_steer.ops.launch",
-        "serve a steered checkpoint or adapter: become `vllm serve` with what it was made for",
+        "serve a steered checkpoint or adapter: run `vllm serve` with the target and draft length it was trained for",
         "./drafter-steered --port 8000 --max-model-len 8192",
     ),
     "doctor": (

@@ -85,7 +85,7 @@ class Contender:
     def check(self, target: Any) -> Any:
         """The drafter's transformers config, None without one; `target` is the target's.
 
-        Raises SteeringError when there is no such model, or its steering was made for others.
+        Raises SteeringError when there is no such model, or its steering was trained for other models.
         """
         if self.drafter is None:
             return None

@@ -26,9 +26,9 @@ NEUTRAL = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 NEUTRAL_EXTRA = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # vLLM's own parameters
 KEY = "OPENAI_API_KEY"
 NOTE = """\
-From the server's own counters, before and after: they include drafts that nobody made (vLLM verifies placeholders after
-a preemption or a full prefix hit), blocks cut by the length limit, and whatever other clients asked in that time. There
-are no intervals. Tokens per second include prefill and the network. For counted blocks measure with --target.
+From the server's own counters, before and after: they include vLLM's placeholder drafts (after a preemption or a full
+prefix hit), blocks cut by the length limit, and the requests of other clients during the measurement. No confidence
+intervals are computed. Tokens per second include prefill and the network. For counted blocks measure with --target.
 """
 
 
@@ -162,7 +162,7 @@ def _measure(
 
 
 def _ask(client: Any, prompt: Prompt, asked: dict[str, Any]) -> int | str:
-    """New tokens of one answer, or why the server refused the prompt. Raises SteeringError when it is gone."""
+    """New tokens of one answer, or why the prompt was rejected. Raises SteeringError if the server stops answering."""
     from openai import APIConnectionError, APIStatusError
 
     try:

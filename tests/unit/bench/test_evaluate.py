@@ -580,8 +580,8 @@ def test_a_running_server(prompts: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert row["name"] == "tiny" and row["prompts"] == PROMPTS, "the endless prompt is refused by the server"
     assert row["blocks"] == counters["drafts"] and row["interval_95"] is None
     assert row["acceptance_length"] == 1 + counters["accepted"] / counters["drafts"]
-    assert "drafts that nobody made" in capsys.readouterr().out
-    assert "drafts that nobody made" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert "vLLM's placeholder drafts" in capsys.readouterr().out
+    assert "vLLM's placeholder drafts" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
 
 
 def test_results_of_0_1_0_are_read() -> None:

@@ -183,7 +183,7 @@ def load_for(directory: str | Path, target: Any, drafter: Any) -> Steering:
 def merge_adapter(adapter: str | Path, drafter: str | Path, output: str | Path) -> Path:
     """Write the full directory: the base drafter's files and the adapter's `steering/`.
 
-    Raises SteeringError if the drafter is not the shape the adapter was made for, or the output exists.
+    Raises SteeringError if the drafter's shape is not the one the adapter was trained for, or if the output exists.
     """
     adapter, output = resolve(adapter), Path(output)
     refuse_used(output)
