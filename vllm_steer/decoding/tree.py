@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.decoding.chain import Block, Generation, _Cached, _cut, _fit, _Guide, _require
-from vllm_steer.decoding.verification import Coupled, Greedy, Node, Noise, Recursive
+from vllm_steer.decoding.verification import Coupled, Greedy, Independent, Node, Noise, Recursive
 from vllm_steer.drafters.steered.hf import attach
 from vllm_steer.drafters.steered.module import Steering
 
-VERIFICATIONS = ("recursive", "coupled")
+VERIFICATIONS = ("recursive", "coupled", "independent")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Beam:
 
 
 Tree = Branching | Beam
-Verifier = Greedy | Coupled | Recursive
+Verifier = Greedy | Coupled | Independent | Recursive
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def generate(
 
     Args:
         tree: what is drafted.
-        verification: at temperature T > 0, "recursive" rejection sampling, or "coupled" draws: the output is then the
-            target's own under `Noise(seed)`.
+        verification: at temperature T > 0, "recursive" rejection sampling, "coupled" draws (the output is then the
+            target's own under `Noise(seed)`), or "independent" drafts, a baseline.
     Raises:
         SteeringError: an argument out of its range, or a drafter that cannot be steered.
     """
@@ -142,18 +142,17 @@ def generate(
     _require(temperature >= 0, f"temperature is {temperature}, allowed is 0 (greedy) or more")
     allowed = ", ".join(VERIFICATIONS)
     _require(verification in VERIFICATIONS, f"verification is {verification!r}, allowed are {allowed}")
-    coupled = temperature > 0 and verification == "coupled"
     _require(
-        not (coupled and isinstance(tree, Beam)),
-        "a beam ranks paths by their probability, which coupled draws do not follow: give a branching list, or "
-        "verification 'recursive'",
+        temperature == 0 or verification == "recursive" or not isinstance(tree, Beam),
+        f"a beam ranks paths by their probability, which {verification} drafts do not follow: give a branching list, "
+        "or verification 'recursive'",
     )
     if scale == 0:
         steering = None
     injector = attach(drafter, steering.config.steered_layers) if steering is not None else None
     try:
         guide = _Guide(steering, injector, scale)
-        verifier = _verifier(temperature, coupled, seed)
+        verifier = _verifier(temperature, verification, seed)
         eos = frozenset(eos_token_ids)
         return _loop(_Rows(target), _Rows(drafter), prompt, tree, guide, verifier, max_new_tokens, eos)
     finally:
@@ -161,12 +160,13 @@ def generate(
             injector.detach()
 
 
-def _verifier(temperature: float, coupled: bool, seed: int) -> Verifier:
+def _verifier(temperature: float, verification: str, seed: int) -> Verifier:
     if temperature == 0:
         return Greedy()
-    if coupled:
+    if verification == "coupled":
         return Coupled(temperature, Noise(seed))
-    return Recursive(temperature, torch.Generator().manual_seed(seed))
+    made = Recursive if verification == "recursive" else Independent
+    return made(temperature, torch.Generator().manual_seed(seed))
 
 
 def _loop(

@@ -21,12 +21,15 @@ def gumbel(size: int, generator: torch.Generator) -> Tensor:
     return -torch.log(-torch.log(torch.rand(size, generator=generator, dtype=torch.float64)))
 
 
-def recursive(p: Tensor, q: Tensor, children: Sequence[int], generator: torch.Generator) -> tuple[int | None, int]:
+def recursive(
+    p: Tensor, q: Tensor, children: Sequence[int], generator: torch.Generator, replacement: bool = False
+) -> tuple[int | None, int]:
     """Recursive rejection sampling (RSD, arXiv 2402.14160, algorithm 1) of children drawn without replacement.
 
     The first child is accepted with probability min(1, p / q). After a rejection the target's distribution is the
     residual max(p - q, 0) and the drafter's is q without that child, each made a distribution again; so the next child
-    is a draw from the renewed q, as a draw without replacement is.
+    is a draw from the renewed q, as a draw without replacement is. With replacement (independent drafts, as in SpecTr,
+    arXiv 2310.15141) q stays.
 
     Args:
         p, q: [V] float64 distributions of target and drafter after the node.
@@ -41,8 +44,9 @@ def recursive(p: Tensor, q: Tensor, children: Sequence[int], generator: torch.Ge
             return i, child
         p = (p - q).clamp_(min=0)
         p /= p.sum()
-        q[child] = 0
-        q /= q.sum()
+        if not replacement:
+            q[child] = 0
+            q /= q.sum()
     return None, int(torch.multinomial(p, 1, generator=generator))
 
 
@@ -118,6 +122,23 @@ class Coupled:
         return _child(node, int(perturbed.argmax()))
 
 
+class Independent:
+    """Temperature T: children drawn independently, so that one token may be drafted twice. A baseline for Recursive."""
+
+    def __init__(self, temperature: float, generator: torch.Generator):
+        self.temperature, self.generator = temperature, generator
+
+    def draft(self, node: Node, logits: Tensor, width: int, position: int) -> list[Node]:
+        """As Greedy.draft; notes the distribution that the children are drawn from."""
+        node.q = torch.softmax(logits.double() / self.temperature, -1)
+        tokens = torch.multinomial(node.q, width, replacement=True, generator=self.generator).tolist()
+        return [Node(token, node, node.log_prob + float(node.q[token].log())) for token in tokens]
+
+    def verify(self, node: Node, logits: Tensor, position: int) -> tuple[Node | None, int]:
+        """As Greedy.verify, by `recursive` with replacement."""
+        return _rejected(node, logits, self.temperature, self.generator, replacement=True)
+
+
 class Recursive:
     """Temperature T: children drawn without replacement, accepted by recursive rejection sampling.
 
@@ -141,10 +162,7 @@ class Recursive:
 
     def verify(self, node: Node, logits: Tensor, position: int) -> tuple[Node | None, int]:
         """As Greedy.verify, by `recursive`."""
-        p = torch.softmax(logits.double() / self.temperature, -1)
-        q = torch.zeros_like(p) if node.q is None else node.q
-        accepted, token = recursive(p, q, [child.token for child in node.children], self.generator)
-        return (None if accepted is None else node.children[accepted]), token
+        return _rejected(node, logits, self.temperature, self.generator, replacement=False)
 
 
 def _below(perturbed: Tensor, maximum: float) -> Tensor:
@@ -153,6 +171,15 @@ def _below(perturbed: Tensor, maximum: float) -> Tensor:
     v = maximum - perturbed + torch.log1p(-torch.exp(perturbed - largest))
     found = maximum - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
     return torch.where(perturbed == largest, maximum, found)
+
+
+def _rejected(
+    node: Node, logits: Tensor, temperature: float, generator: torch.Generator, replacement: bool
+) -> tuple[Node | None, int]:
+    p = torch.softmax(logits.double() / temperature, -1)
+    q = torch.zeros_like(p) if node.q is None else node.q  # a leaf
+    accepted, token = recursive(p, q, [child.token for child in node.children], generator, replacement)
+    return (None if accepted is None else node.children[accepted]), token
 
 
 def _child(node: Node, token: int) -> tuple[Node | None, int]:

@@ -1,7 +1,8 @@
-"""Trees on Hugging Face models: every verifier gives the target's own tokens or its distribution; a broken one shows."""
+"""Trees on Hugging Face models: each verifier gives the target's own tokens or its distribution; a broken one shows."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,26 @@ def test_recursive_rejection_keeps_the_targets_distribution(width: int) -> None:
     assert p_value(outcomes(recursive, without_replacement, width)) > P_VALUE
 
 
+def independent(q: Tensor, width: int, generator: torch.Generator) -> list[int]:
+    return torch.multinomial(q, width, replacement=True, generator=generator).tolist()
+
+
+def test_independent_drafts_keep_it_too() -> None:
+    verify = functools.partial(recursive, replacement=True)
+    assert p_value(outcomes(verify, independent, 3)) > P_VALUE
+
+
 def test_a_broken_verifier_shows() -> None:
     assert p_value(outcomes(never_renewed, without_replacement, 3)) < P_VALUE
     assert p_value(outcomes(recursive, most_probable, 3)) < P_VALUE, "children must be drawn, not chosen"
 
 
-@pytest.mark.parametrize("shape", [Branching((3, 2, 1)), Beam(4, 3)], ids=str)
-def test_sampled_output_has_the_targets_distribution(pair: Any, shape: tree.Tree) -> None:
+@pytest.mark.parametrize(
+    ("shape", "verification"),
+    [(Branching((3, 2, 1)), "recursive"), (Beam(4, 3), "recursive"), (Branching((3, 2, 1)), "independent")],
+    ids=["branching", "beam", "independent"],
+)
+def test_sampled_output_has_the_targets_distribution(pair: Any, shape: tree.Tree, verification: str) -> None:
     target, drafter, steering = pair
     bins, numbers = 16, []
     generator = torch.Generator().manual_seed(0)
