@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from engines import ENV
 from repository import ROOT
 from test_docs import refused
 
@@ -83,3 +85,23 @@ def test_every_command_of_the_session_is_one(tmp_path: Path, monkeypatch: pytest
                 assert done.returncode == 0, done.stdout[-2000:]
             else:
                 assert command[2] == "vllm_steer.cli" and not refused(command[3:])
+
+
+@pytest.mark.slow
+def test_the_cost_script_runs(tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    command = [
+        sys.executable,
+        str(GPU / "cost.py"),
+        str(TINY / "target"),
+        str(TINY / "drafter"),
+        "--dry-run",
+        "--out",
+        out,
+    ]
+    env = os.environ | ENV | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["form"] for row in rows} == {"unsteered", "scale 0", "steered"} and len(rows) == 8
+    assert all(row["same_answers"] and row["tokens_per_s"] > 0 for row in rows)
