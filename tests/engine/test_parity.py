@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import assert_own_guides, assert_steered
-from pairs import Size, make_pair, random_prompt
+from pairs import make_pair, random_prompt
 from repository import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -201,20 +200,3 @@ def test_compiled_drafts_are_the_same(
     )
     assert_same_drafts(result, reference(target, steered))
     assert_same_drafts(stock, reference(target, plain, steered=False))
-
-
-@pytest.mark.slow
-def test_compiled_artifacts_do_not_grow_with_layers(runners: Any, tmp_path: Path) -> None:
-    """Layers alike share one compiled artifact, steered as unsteered: no number of a layer is in the code."""
-    found = {}
-    for layers in (3, 5):
-        target, plain, steered = make_pair(tmp_path / str(layers), "llama", drafter=Size(64, layers, 96))
-        for name, model in (("plain", plain), ("steered", steered)):
-            env = {"VLLM_CACHE_ROOT": str(tmp_path / f"cache-{layers}-{name}")}
-            keys = {"enforce_eager": False, "compilation_config": {"backend": "inductor"}}
-            log = runners("v1").generate(target, spec(model), [[5, 6, 7]], max_tokens=4, env=env, **keys)["log"]
-            pieces = re.findall(r"collected artifacts: (\d+) entries, (\d+) artifacts", log)
-            assert len(pieces) == 2, "the target's, then the drafter's"
-            found[layers, name] = tuple(map(int, pieces[-1]))
-    assert found[5, "steered"][0] - found[3, "steered"][0] == 2, "one piece more for each layer"
-    assert {artifacts for _, artifacts in found.values()} == {found[3, "plain"][1]}

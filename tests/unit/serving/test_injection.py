@@ -6,8 +6,10 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,14 +247,21 @@ def test_experts_and_vision_towers_have_no_mlp_of_the_decoder() -> None:
 
 
 def test_one_compiled_artifact_serves_all_layers_and_sizes(steered: Path) -> None:
-    found = injection(steered)
+    """vLLM keeps one artifact for pieces of equal code: no layer's number may be in it, nor a size."""
+    found, codes = injection(steered), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        codes.append(graph.code)
+        return graph.forward
+
     torch._dynamo.reset()
-    compiled = torch.compile(SteeredActivation.forward, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(SteeredActivation.forward, fullgraph=True, dynamic=True, backend=backend)
     steer(found, torch.randn(2, 384), (5, 2, 12, 5), (3, 0, 3, 3))
     for slot, rows in ((0, 11), (1, 11), (1, 14)):
         module = SteeredActivation(SiluAndMul(), found.deltas[:, slot], found.entry, found._cpu_rows)
         gate_up = torch.randn(rows, 192)
         torch.testing.assert_close(compiled(module, gate_up.clone()), module(gate_up.clone()))
+    assert len(set(codes)) == 1, codes
 
 
 def test_the_gpu_kernels_compute_what_the_cpu_code_does() -> None:
