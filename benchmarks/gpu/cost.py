@@ -26,6 +26,7 @@ from overhead import TEXT, zero_adapter
 from record import write_report
 
 K = 5
+DRAFT_GRAPHS = "steered, draft_graphs"  # V2: the drafter's decode passes as CUDA graphs
 ANSWER = "RESULT "  # vLLM logs to standard output too
 
 
@@ -33,13 +34,12 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     """In a process of its own: one engine, every batch."""
     from vllm import LLM, SamplingParams
 
-    steering = (
-        {} if job["form"] == "unsteered" else {"adapter": job["adapter"], "scale": float(job["form"] == "steered")}
-    )
+    steering = {"adapter": job["adapter"], "scale": float(job["form"] != "scale 0")}
+    options = {} if job["form"] == "unsteered" else steering | {"draft_graphs": job["form"] == DRAFT_GRAPHS}
     llm = LLM(
         job["target"],
         speculative_config={"model": job["drafter"], "num_speculative_tokens": K},
-        additional_config={"vllm_steer": steering} if steering else {},
+        additional_config={"vllm_steer": options} if options else {},
         enforce_eager=not job["graphs"],
         max_num_seqs=job["max_num_seqs"],
         max_model_len=1024,
@@ -82,7 +82,8 @@ def compare(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     forms = [("unsteered", "64"), ("scale 0", "64"), *(("steered", name) for name in adapters)]
     for runner, graphs, most in settings:
         stock: dict[int, tuple[float, int]] = {}  # batch: its speed and its answers
-        for form, rank in forms:
+        more = [(DRAFT_GRAPHS, "64")] if runner == "v2" and graphs == "on" else []
+        for form, rank in [*forms, *more]:
             job = {"target": args.target, "drafter": args.drafter, "adapter": adapters[rank], "form": form,
                    "runner": runner, "graphs": graphs == "on", "max_num_seqs": most, "batches": args.batch,
                    "tokens": args.tokens, "repeats": args.repeats, "memory": args.memory}  # fmt: skip
