@@ -16,6 +16,8 @@ from vllm_steer.serving.plan import Plan
 
 V1 = "vllm_steer.serving.spec_decode.v1"
 V2 = "vllm_steer.serving.spec_decode.v2"
+PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"  # vLLM's, of V1
+SPECULATOR = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"  # of V2
 
 
 def install() -> None:
@@ -30,6 +32,11 @@ def _checked_post_init(original: Callable[[Any], None]) -> Callable[[Any], None]
         original(self, *args, **kwargs)
 
     return __post_init__
+
+
+def _methods(of: str, *names: str) -> tuple[str, ...]:
+    """Methods of a class, as `Seam.needs` has them."""
+    return tuple(f"{of}.{name}" for name in names)
 
 
 def _steered_proposer(original: type) -> type:
@@ -88,12 +95,10 @@ SEAMS = (
         ),
         why="the V1 runner builds its proposer, and checks isinstance, by this name",
         remove_when="vLLM asks plugins for the proposer of a draft model",
-        needs=tuple(
-            f"vllm.v1.spec_decode.draft_model:DraftModelProposer.{name}"
-            for name in (
-                *("_get_model", "propose", "prepare_inputs_padded", "set_inputs_first_pass"),
-                *("_update_positions_dependent_metadata", "_sample_from_logits"),
-            )
+        needs=_methods(
+            PROPOSER,
+            *("_get_model", "propose", "prepare_inputs_padded"),
+            *("set_inputs_first_pass", "_update_positions_dependent_metadata", "_sample_from_logits"),
         ),
         runner="v1",
     ),
@@ -106,9 +111,10 @@ SEAMS = (
         ),
         why="the V2 runner builds its speculator here",
         remove_when="vLLM asks plugins for the speculator of a configuration",
-        needs=tuple(
-            f"vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.{name}"
-            for name in ("load_draft_model", "propose", "_multi_step_decode", "init_cudagraph_manager", "capture")
+        needs=_methods(
+            SPECULATOR,
+            *("load_draft_model", "propose", "_multi_step_decode"),
+            *("init_cudagraph_manager", "capture"),
         ),
         runner="v2",
     ),
@@ -162,12 +168,10 @@ SEAMS = (
             "target's KV cache where that group is not its own; layers in several groups end the engine"
         ),
         remove_when="the V1 runner gives a draft model the block tables of its own KV cache groups",
-        needs=tuple(
-            f"vllm.v1.spec_decode.draft_model:DraftModelProposer.{name}"
-            for name in (
-                *("initialize_attn_backend", "set_inputs_first_pass", "_get_slot_mapping"),
-                "build_per_group_and_layer_attn_metadata",
-            )
+        needs=_methods(
+            PROPOSER,
+            *("initialize_attn_backend", "set_inputs_first_pass"),
+            *("_get_slot_mapping", "build_per_group_and_layer_attn_metadata"),
         ),
         runner="v1",
     ),
@@ -196,10 +200,7 @@ SEAMS = (
         ),
         why="V2 tells a speculator the temperature and the seed of each request, but not its top-k and top-p",
         remove_when="the V2 runner gives its speculator the sampling states of the target's sampler",
-        needs=tuple(
-            f"vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.{name}"
-            for name in ("propose", "compute_draft_logits")
-        ),
+        needs=_methods(SPECULATOR, "propose", "compute_draft_logits"),
         runner="v2",
         required=False,
     ),

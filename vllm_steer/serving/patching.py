@@ -27,6 +27,7 @@ RELEASES = ("0.32", "0.33")  # docs/support.md says what was tested on each
 WORKS_WITH = " and ".join(RELEASES)
 UNTESTED = "STEER_UNTESTED_VLLM"  # an environment variable: the one further release to steer on all the same
 Undo = Callable[[], None]
+_ABSENT = object()  # a place of vLLM's may well hold None
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,7 @@ class Seam:
 
 def join(place: str, hook: Callable[..., Any]) -> Undo | None:
     """vLLM's own way is a list at `place`, "module:name", of functions that it calls."""
-    try:
-        hooks = resolve_name(place)
-    except (ImportError, AttributeError):
+    if (hooks := _find(place)) is _ABSENT:
         return None
     hooks.append(hook)
     return lambda: hooks.remove(hook)
@@ -60,16 +59,19 @@ def join(place: str, hook: Callable[..., Any]) -> Undo | None:
 
 def asked(place: str) -> Undo | None:
     """vLLM's own way is to ask a class, ours or its own: upstream supports this if `place` resolves."""
-    try:
-        resolve_name(place)
-    except (ImportError, AttributeError):
-        return None
-    return _nothing
+    return None if _find(place) is _ABSENT else _nothing
 
 
 def sound(works: Callable[[], bool]) -> Undo | None:
     """vLLM's own way is its function as it stands, once that gives the right result."""
     return _nothing if works() else None
+
+
+def _find(place: str) -> Any:
+    try:
+        return resolve_name(place)
+    except (ImportError, AttributeError):
+        return _ABSENT
 
 
 def _nothing() -> None:
