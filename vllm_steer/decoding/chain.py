@@ -12,8 +12,8 @@ of the newest token, the one no model has been fed yet.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.decoding.verification import recursive
 from vllm_steer.drafters.steered.hf import Injector, attach
 from vllm_steer.drafters.steered.module import Steering
 
@@ -67,7 +68,7 @@ def acceptance_length(blocks: Sequence[Block]) -> float:
 
 
 class _Cached:
-    """A model with its KV cache."""
+    """A model with its KV cache, of one text or of several continuations of it."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -76,22 +77,32 @@ class _Cached:
         self.cache = DynamicCache()
 
     def feed(self, tokens: Sequence[int], start: int, keep: int = 1, states: Sequence[int] = ()) -> tuple:
-        """Feed tokens at positions start, start + 1, ..., dropping what was cached from `start` on.
+        """`feed_rows` of one text: logits [keep, V], and the inputs of `states` [keep, len(states) * H] or None."""
+        logits, inputs = self.feed_rows([tokens], start, keep, states)
+        return logits[0], inputs[0] if states else None
 
-        Returns the last `keep` rows: logits [keep, V] and the inputs of the decoder layers `states`,
-        concatenated, [keep, len(states) * H] (None without `states`).
+    def feed_rows(self, rows: Sequence[Sequence[int]], start: int, keep: int = 0, states: Sequence[int] = ()) -> tuple:
+        """Feed each of R continuations its tokens, equally many, at positions start, start + 1, ..., dropping what was
+        cached from `start` on.
+
+        Returns the last `keep` positions, 0 for all: logits [R, keep, V] and the inputs of the decoder layers `states`,
+        concatenated, [R, keep, len(states) * H] (None without `states`).
         """
         assert start <= self.cache.get_seq_length(), "a gap in the cache"
         self.crop(start)
         out = self.model(
-            torch.tensor([list(tokens)], device=self.model.device),
+            torch.tensor([list(row) for row in rows], device=self.model.device),
             past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=bool(states),
             logits_to_keep=keep,
         )
-        inputs = torch.cat([out.hidden_states[i][0, -keep:] for i in states], -1) if states else None
-        return out.logits[0].float(), inputs
+        inputs = torch.cat([out.hidden_states[i][:, -keep:] for i in states], -1) if states else None
+        return out.logits.float(), inputs
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Continue from these rows, in this order; one may be there several times, or not at all."""
+        self.cache.batch_select_indices(torch.tensor(list(rows), device=self.model.device))
 
     def crop(self, length: int) -> None:
         """Drop positions from `length` on."""
@@ -140,8 +151,9 @@ class _Chooser:
         p = self.probabilities(logits)
         for i, (draft, dist) in enumerate(zip(drafts, dists, strict=True)):
             q = torch.zeros_like(p[i]).index_fill_(0, torch.tensor(draft), 1.0) if dist is None else dist
-            if torch.rand((), generator=self.generator, dtype=torch.float64) * q[draft] >= p[i, draft]:
-                return i, self.draw((p[i] - q).clamp_(min=0))
+            passed, token = recursive(p[i], q, [draft], self.generator)
+            if passed is None:
+                return i, token
         return len(drafts), self.draw(p[-1])
 
 
@@ -175,21 +187,19 @@ def generate(
     Raises:
         SteeringError: an argument out of its range, or a drafter that cannot be steered.
     """
-    _require(len(prompt) > 0, "the prompt is empty: give at least one token id")
+    _require_request(prompt, max_new_tokens, temperature)
     _require(k >= 1, f"k is {k}, allowed is a draft length from 1 up")
+    _require(draft_sample in DRAFT_SAMPLES, f"draft_sample is {draft_sample!r}, allowed are {', '.join(DRAFT_SAMPLES)}")
+    with _guiding(drafter, steering, scale) as guide:
+        chooser = _Chooser(temperature, draft_sample, seed)
+        return _loop(_Cached(target), _Cached(drafter), prompt, guide, chooser, k, max_new_tokens,
+                     frozenset(eos_token_ids))  # fmt: skip
+
+
+def _require_request(prompt: Sequence[int], max_new_tokens: int, temperature: float) -> None:
+    _require(len(prompt) > 0, "the prompt is empty: give at least one token id")
     _require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, allowed is 1 or more")
     _require(temperature >= 0, f"temperature is {temperature}, allowed is 0 (greedy) or more")
-    _require(draft_sample in DRAFT_SAMPLES, f"draft_sample is {draft_sample!r}, allowed are {', '.join(DRAFT_SAMPLES)}")
-    if scale == 0:
-        steering = None
-    injector = attach(drafter, steering.config.steered_layers) if steering is not None else None
-    try:
-        chooser = _Chooser(temperature, draft_sample, seed)
-        return _loop(_Cached(target), _Cached(drafter), prompt, _Guide(steering, injector, scale), chooser,
-                     k, max_new_tokens, frozenset(eos_token_ids))  # fmt: skip
-    finally:
-        if injector is not None:
-            injector.detach()
 
 
 class _Guide:
@@ -205,6 +215,19 @@ class _Guide:
             return nullcontext()
         deltas = self.steering(states.to(self.steering.fuse.weight.dtype)) * self.scale
         return self.injector.using(deltas[None, None])  # one guide for all rows
+
+
+@contextmanager
+def _guiding(drafter: PreTrainedModel, steering: Steering | None, scale: float) -> Iterator[_Guide]:
+    """Attach the steering, if there is any to apply, and take it off again."""
+    if scale == 0:
+        steering = None
+    injector = attach(drafter, steering.config.steered_layers) if steering is not None else None
+    try:
+        yield _Guide(steering, injector, scale)
+    finally:
+        if injector is not None:
+            injector.detach()
 
 
 def _loop(

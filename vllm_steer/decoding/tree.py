@@ -18,9 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.decoding.chain import Block, Generation, _Cached, _cut, _fit, _Guide, _require
+from vllm_steer.decoding.chain import (
+    Block,
+    Generation,
+    _Cached,
+    _cut,
+    _fit,
+    _Guide,
+    _guiding,
+    _require,
+    _require_request,
+)
 from vllm_steer.decoding.verification import Coupled, Greedy, Independent, Node, Noise, Recursive
-from vllm_steer.drafters.steered.hf import attach
 from vllm_steer.drafters.steered.module import Steering
 
 VERIFICATIONS = ("recursive", "coupled", "independent")
@@ -90,29 +99,6 @@ class TreeBlock(Block):
         return sum(len(row) + 1 for row in self.rows)
 
 
-class _Rows(_Cached):
-    """A model with the KV caches of several continuations of one text."""
-
-    def feed_rows(self, rows: Sequence[Sequence[int]], start: int, states: Sequence[int] = ()) -> tuple:
-        """Feed one row of tokens to each continuation, all of one length, at positions start, start + 1, ...
-
-        Returns logits [rows, T, V] and the inputs of the decoder layers `states`, [rows, T, len(states) * H] or None.
-        """
-        self.crop(start)
-        out = self.model(
-            torch.tensor([list(row) for row in rows], device=self.model.device),
-            past_key_values=self.cache,
-            use_cache=True,
-            output_hidden_states=bool(states),
-        )
-        inputs = torch.cat([out.hidden_states[i] for i in states], -1) if states else None
-        return out.logits.float(), inputs
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Continue from these rows, in this order; one may be there several times, or not at all."""
-        self.cache.batch_select_indices(torch.tensor(list(rows), device=self.model.device))
-
-
 @torch.no_grad()
 def generate(
     target: PreTrainedModel,
@@ -137,9 +123,7 @@ def generate(
     Raises:
         SteeringError: an argument out of its range, or a drafter that cannot be steered.
     """
-    _require(len(prompt) > 0, "the prompt is empty: give at least one token id")
-    _require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, allowed is 1 or more")
-    _require(temperature >= 0, f"temperature is {temperature}, allowed is 0 (greedy) or more")
+    _require_request(prompt, max_new_tokens, temperature)
     allowed = ", ".join(VERIFICATIONS)
     _require(verification in VERIFICATIONS, f"verification is {verification!r}, allowed are {allowed}")
     _require(
@@ -147,17 +131,10 @@ def generate(
         f"a beam ranks paths by their probability, which {verification} drafts do not follow: give a branching list, "
         "or verification 'recursive'",
     )
-    if scale == 0:
-        steering = None
-    injector = attach(drafter, steering.config.steered_layers) if steering is not None else None
-    try:
-        guide = _Guide(steering, injector, scale)
+    with _guiding(drafter, steering, scale) as guide:
         verifier = _verifier(temperature, verification, seed)
         eos = frozenset(eos_token_ids)
-        return _loop(_Rows(target), _Rows(drafter), prompt, tree, guide, verifier, max_new_tokens, eos)
-    finally:
-        if injector is not None:
-            injector.detach()
+        return _loop(_Cached(target), _Cached(drafter), prompt, tree, guide, verifier, max_new_tokens, eos)
 
 
 def _verifier(temperature: float, verification: str, seed: int) -> Verifier:
@@ -170,7 +147,7 @@ def _verifier(temperature: float, verification: str, seed: int) -> Verifier:
 
 
 def _loop(
-    target: _Rows, drafter: _Rows, prompt: Sequence[int], tree: Tree, guide: _Guide, verifier: Verifier,
+    target: _Cached, drafter: _Cached, prompt: Sequence[int], tree: Tree, guide: _Guide, verifier: Verifier,
     max_new_tokens: int, eos: frozenset[int],
 ) -> Generation:  # fmt: skip
     tokens = list(prompt)
@@ -199,7 +176,7 @@ def _loop(
     return Generation(tokens[len(prompt) :], blocks)
 
 
-def _grow(drafter: _Rows, tokens: list[int], window: int, tree: Tree, vocab: int, verifier: Verifier) -> Node:
+def _grow(drafter: _Cached, tokens: list[int], window: int, tree: Tree, vocab: int, verifier: Verifier) -> Node:
     """The root of a tree after `tokens`, whose positions from `window` on are fed (again) under the guide in force."""
     frontier = [root := Node(tokens[-1])]
     logits, _ = drafter.feed_rows([tokens[window:]], window)
