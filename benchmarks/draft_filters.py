@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-from record import ENV, write_report
+from record import ENV, interval, write_report
 
 PAIR = Path(__file__).parents[1] / "examples" / "tiny_pair"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,13 +58,11 @@ def measure(llm: Any, prompts: list[list[int]], tokens: int) -> list[dict[str, A
     for name, sampling in SETTINGS.items():
         answers, _ = probe.drive(llm, prompts, batch=16, temperature=1.0, max_tokens=tokens, seed=0, sampling=sampling)
         pairs = [(sum(a.accepted), len(a.accepted)) for a in answers if a.accepted]
-        rng = random.Random(0)
-        draws = sorted(acceptance_length(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
         rows.append(
             {
                 "sampling": name,
                 "acceptance_length": round(acceptance_length(pairs), 3),
-                "interval_95": [round(draws[50], 3), round(draws[-51], 3)],
+                "interval_95": interval(pairs, acceptance_length, 3),
                 "blocks": sum(blocks for _, blocks in pairs),
             }
         )

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from record import ENV, write_report
+from record import ENV, interval, write_report
 
 from vllm_steer.serving.injection import SteeredActivation
 
@@ -115,14 +114,12 @@ def compare(llm: Any, batch: int, args: argparse.Namespace) -> dict[str, Any]:
             pairs += [(b, a) if on else (a, b) for a, b, on in zip(one[1:], two[1:], first[1:], strict=True)]
             tokens += batch * (args.tokens - 1)
     stock, steered = map(sum, zip(*pairs, strict=True))
-    rng = random.Random(0)
-    draws = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
     return {
         "batch": batch,
         "stock_tokens_per_s": round(tokens / stock, 3),
         "steered_tokens_per_s": round(tokens / steered, 3),
         "ratio": round(stock / steered, 4),
-        "interval_95": [round(draws[50], 4), round(draws[-51], 4)],
+        "interval_95": interval(pairs, ratio, 4),
         "steps": len(pairs),
         "extra_ms_per_step": round(1e3 * (steered - stock) / len(pairs), 2),
     }

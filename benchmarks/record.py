@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ def write_report(path: Path, **results: Any) -> None:
         "versions": {"vllm": _version("vllm"), "torch": torch.__version__, "python": platform.python_version()},
     }
     path.write_text(json.dumps(report | results, indent=2) + "\n")
+
+
+def interval(pairs: Sequence[tuple[float, float]], of: Callable[[Any], float], digits: int) -> list[float]:
+    """95 % bootstrap interval of a statistic `of` the pairs, rounded; the same draws at every call."""
+    rng = random.Random(0)
+    draws = sorted(of(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return [round(draws[50], digits), round(draws[-51], digits)]
 
 
 def _version(package: str) -> str | None:

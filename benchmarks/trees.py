@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_report
+from record import interval, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_steer.decoding import tree
@@ -49,12 +48,10 @@ def measure(models: tuple[Any, Any, Any], prompts: list[list[int]], way: str, ar
         pairs.append((sum(block.tokens for block in found.blocks), len(found.blocks)))
         rows += [block.row_tokens for block in found.blocks]
         answers.append(found.tokens)
-    rng = random.Random(0)
-    draws = sorted(length(rng.choices(pairs, k=len(pairs))) for _ in range(2000))
     return {
         "way": way,
         "acceptance_length": round(length(pairs), 3),
-        "interval_95": [round(draws[50], 3), round(draws[-51], 3)],
+        "interval_95": interval(pairs, length, 3),
         "row_tokens": round(sum(rows) / len(rows), 1),
         "passes": shape.depth,
         "answers": answers,
