@@ -363,7 +363,6 @@ def vllm_steer(*words: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
 def test_bench_samples_neutrally_or_as_served(peaked: Path, tmp_path: Path) -> None:
     """At T=1 the model's own top_p makes every answer the greedy one; neutral sampling does not."""
     heldout(tmp_path / "p.jsonl", 3)
@@ -378,7 +377,6 @@ def test_bench_samples_neutrally_or_as_served(peaked: Path, tmp_path: Path) -> N
         assert f"Sampling: {sampling}." in (out / "table.md").read_text()
 
 
-@pytest.mark.slow
 def test_generate_samples_neutrally_or_as_served(peaked: Path, tmp_path: Path) -> None:
     heldout(tmp_path / "p.jsonl", 3)
     engine = json.dumps({"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.3})
