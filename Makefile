@@ -3,6 +3,7 @@
 #   make demo                 serve the tiny pair unspeculated, plain and steered, and compare
 #   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
 #   make test                 the test suite            (one file: make test ARGS=tests/unit/drafters/test_config.py)
+#   make test-ci                              as CI runs it: with the long tests too
 #   make test-newer           the core of it on the next vLLM, of which there is no CPU build (tests/support/newer.py)
 #   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
 #   make lint, make docs, make package, make clean
@@ -22,13 +23,14 @@ TRITON := 3.9.0
 NEWER  := 0.33.0
 NEWER_TESTS := tests/engine/test_parity.py::test_drafts_are_those_of_the_reference tests/engine/test_lossless.py \
 	tests/engine/test_launches.py tests/engine/test_patches.py tests/engine/test_features.py tests/unit/serving/test_plan.py
+IN_CI := not gpu and not real_pair and not slow
 comma := ,
 LOG := $(abspath $(VENV))/pip.log
 # $(call pip,ARGUMENTS): into the log; on the screen only the end of it, and only when pip fails.
 pip = @echo "          pip $(1)"; $(BIN)/python -m pip --disable-pip-version-check --no-input $(1) >>$(LOG) 2>&1 \
 	|| { tail -20 $(LOG); echo "pip failed: all of it is in $(LOG)"; exit 1; }
 
-.PHONY: demo test test-newer install venv triton lint docs package clean
+.PHONY: demo test test-ci test-newer install venv triton lint docs package clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -36,14 +38,17 @@ demo: install
 
 # Two processes with one thread each: tiny models gain nothing from threads, and OpenMP's wait for each other spinning.
 test: install triton
-	@echo "[test] without the tests marked gpu, real_pair and slow; with them: make test ARGS='-m \"\"'"
+	@echo "[test] without the tests marked gpu, real_pair, slow and long; with the long ones: make test-ci; with all: make test ARGS='-m \"\"'"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-ci: install triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(IN_CI)" $(ARGS)
 
 # All of it takes an hour: make test-newer ARGS='-m "" tests/engine tests/server tests/unit/serving'
 test-newer: install triton
 	$(BIN)/python tests/support/newer.py $(NEWER) $(abspath $(VENV))/share/vllm-$(NEWER)
 	PYTHONPATH=$(abspath $(VENV))/share/vllm-$(NEWER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		$(or $(ARGS),$(NEWER_TESTS))
+		$(or $(ARGS),-m "$(IN_CI)" $(NEWER_TESTS))
 
 install: $(VENV)/.installed-$(EXTRA)
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+import long_tests
 import pytest
 from engines import Runner
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the long tests, before `-m` chooses."""
+    long = long_tests.find((item.nodeid for item in items), whole_files=not any("::" in word for word in config.args))
+    for item in items:
+        if item.nodeid in long:
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True)
