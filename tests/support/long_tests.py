@@ -16,7 +16,8 @@ LONG = (  # file: tests, with their parameters where only some are long
     "engine/test_families.py: test_drafts_are_those_of_the_reference[glm4] "
     "test_drafts_are_those_of_the_reference[olmo2]",
     "engine/test_kv_cache_groups.py: test_a_gpt_oss_target[plain] test_a_gemma_target "
-    "test_up_to_the_end_of_the_context test_one_window_for_a_whole_model[v2-drafter] test_one_window_for_a_whole_model[v1-target]",
+    "test_up_to_the_end_of_the_context test_one_window_for_a_whole_model[v2-drafter] "
+    "test_one_window_for_a_whole_model[v1-target]",
     "engine/test_lossless.py: test_sampled_output_is_the_targets[v2-temperatures1-greedy]",
     "engine/test_parity.py: test_steering_off_is_stock[llama-v2] test_other_draft_lengths[7-v2] "
     "test_other_draft_lengths[1-v2] test_zero_projection_is_stock_and_adapters_attach[llama-v1] "
