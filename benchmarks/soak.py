@@ -59,7 +59,7 @@ class Tally:
 def gauges(server: Server) -> dict[str, float]:
     """Requests running and waiting, share of the KV cache held, preemptions so far."""
     samples = server.metrics()
-    return {key: sum(value for name, _, value in samples if name == wanted) for key, wanted in GAUGES.items()}
+    return {key: sum(sample.value for sample in samples if sample.name == wanted) for key, wanted in GAUGES.items()}
 
 
 def resident(server: Server) -> float:

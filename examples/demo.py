@@ -24,10 +24,13 @@ from typing import Any
 from openai import OpenAI, OpenAIError
 from server import Server, ServerError, can_compile, has_gpu, serve
 
+from vllm_steer.common.errors import SteeringError
+
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny_pair"
 QWEN = Path.home() / ".cache" / "vllm-steer" / "qwen_pair"  # where qwen_pair/assemble.py writes
 ZERO_RANK = 64
+UNSPECULATED = "no speculation"
 WARM_UP = "Hello, this is the warm-up."
 QUESTIONS = (
     "Write a Python function that merges two sorted lists.",
@@ -142,7 +145,8 @@ def measure(server: Server, name: str, pair: Pair, args: argparse.Namespace) -> 
     row = Row(name, start_seconds=server.seconds, proof=server.proof_of_life())
     client = OpenAI(base_url=server.url + "/v1", api_key="none", timeout=args.timeout, max_retries=0)
     ask(client, pair, WARM_UP, args, echo=False)
-    before = server.counters()
+    speculates = name != UNSPECULATED
+    before = server.counters() if speculates else None
     for number, prompt in enumerate(pair.prompts[: args.prompts], 1):
         if number == 1:
             print(f"  {prompt[-300:]!r}\n  | ", end="", flush=True)
@@ -155,12 +159,13 @@ def measure(server: Server, name: str, pair: Pair, args: argparse.Namespace) -> 
         row.texts.append(text)
         if number == 1:
             print()
-    after = server.counters()
-    row.drafts = after["drafts"] - before["drafts"]
-    if row.drafts:
+    after = server.counters() if speculates else None
+    row.drafts = after["drafts"] - before["drafts"] if before and after else 0
+    if before and after and row.drafts:
         row.acceptance_length = 1 + (after["accepted"] - before["accepted"]) / row.drafts
-        earlier = before["per_position"] or [0] * len(after["per_position"])
-        row.acceptance = [(b - a) / row.drafts for a, b in zip(earlier, after["per_position"], strict=True)]
+        row.acceptance = [
+            (b - a) / row.drafts for a, b in zip(before["per_position"], after["per_position"], strict=True)
+        ]
     print(f"\r  {len(row.texts)} answers, {row.tokens} tokens, {row.tokens / row.seconds:.1f} tokens/s")
     return row
 
@@ -169,7 +174,7 @@ def run(name: str, pair: Pair, args: argparse.Namespace, logs: Path) -> Row:
     """Start one of the three servers, measure it, stop it."""
     steered = name == "steered drafter"
     drafter = pair.steered if steered and not pair.adapter else pair.drafter
-    speculative = {"model": str(drafter), "num_speculative_tokens": args.k} if name != "no speculation" else None
+    speculative = {"model": str(drafter), "num_speculative_tokens": args.k} if name != UNSPECULATED else None
     additional = {"vllm_steer": {"adapter": str(pair.steered)}} if steered and pair.adapter else None
     options = ["--dtype", "float32", "--max-model-len", str(pair.max_model_len), "--max-num-seqs", "8"]
     if not has_gpu():
@@ -255,9 +260,9 @@ def main() -> int:
         print(f"pair: {args.pair}; {pair.note}\nserver logs: {logs}")
         if not has_gpu() and not can_compile():
             print("no C++ compiler or no Python headers here: vLLM runs with --enforce-eager, not compiled")
-        names = ("no speculation", "plain drafter", "steered drafter")
+        names = (UNSPECULATED, "plain drafter", "steered drafter")
         rows = [run(name, pair, args, logs) for name in names]
-    except (ServerError, OpenAIError, OSError, subprocess.CalledProcessError) as error:
+    except (ServerError, SteeringError, OpenAIError, OSError, subprocess.CalledProcessError) as error:
         print(f"\ndemo failed: {error}\nserver logs: {logs}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -20,18 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.bench import remote
+
 CPU_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else one core is kept free, half of a small machine
 }
 COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # models are directories here
-COUNTERS = {
-    "drafts": "vllm:spec_decode_num_drafts_total",
-    "drafted": "vllm:spec_decode_num_draft_tokens_total",
-    "accepted": "vllm:spec_decode_num_accepted_tokens_total",
-}
-PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-SAMPLE = re.compile(r"^(?P<name>[\w:]+)\{(?P<labels>.*)\} (?P<value>\S+)$", re.MULTILINE)
 
 
 class ServerError(RuntimeError):
@@ -47,22 +42,13 @@ class Server:
     log: Path
     seconds: float  # from start to the first healthy answer
 
-    def metrics(self) -> list[tuple[str, str, float]]:
-        """Name, labels and value of every sample at /metrics that has labels: all of vLLM's."""
-        return [(m["name"], m["labels"], float(m["value"])) for m in SAMPLE.finditer(_get(self.url + "/metrics"))]
+    def metrics(self) -> list[Any]:
+        """Every sample at /metrics, with `name`, `labels` and `value`."""
+        return list(remote.metrics(self.url))
 
     def counters(self) -> dict[str, Any]:
-        """Speculative decoding so far: {"drafts", "drafted", "accepted": int, "per_position": [int, ...]}."""
-        samples = self.metrics()
-        found: dict[str, Any] = {
-            key: sum(int(value) for name, _, value in samples if name == wanted) for key, wanted in COUNTERS.items()
-        }
-        per_position: dict[int, int] = {}
-        for name, labels, value in samples:
-            if name == PER_POSITION:
-                position = int(re.search(r'position="(\d+)"', labels).group(1))
-                per_position[position] = per_position.get(position, 0) + int(value)
-        return found | {"per_position": [per_position[i] for i in sorted(per_position)]}
+        """Speculative decoding so far, see remote.counters. Raises SteeringError if this server does not speculate."""
+        return remote.counters(self.url)
 
     def steer(self, scale: Any = None) -> list[dict[str, Any]]:
         """Each worker's answer to the run-time switch, {"rank", "scale"} or {"rank", "error"}; without a scale it asks.

@@ -218,8 +218,12 @@ def test_data_parallel(pair: Pair, tmp_path: Path) -> None:
         samples = server.metrics()
         accepted, drafts = (
             [
-                sum(v for n, labels, v in samples if n == f"vllm:spec_decode_num_{name}_total" and engine in labels)
-                for engine in ('engine="0"', 'engine="1"')
+                sum(
+                    s.value
+                    for s in samples
+                    if s.name == f"vllm:spec_decode_num_{name}_total" and s.labels["engine"] == engine
+                )
+                for engine in ("0", "1")
             ]
             for name in ("accepted_tokens", "drafts")
         )

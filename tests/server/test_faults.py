@@ -87,7 +87,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             assert "no vllm_steer metrics at /metrics for the time being" in server.log.read_text(errors="replace")
             (counts / "filler").unlink()
             deadline = time.monotonic() + PATIENCE
-            while not any(name == "vllm_steer:blocks_total" and value for name, _, value in server.metrics()):
+            while not any(sample.name == "vllm_steer:blocks_total" and sample.value for sample in server.metrics()):
                 assert time.monotonic() < deadline, "the metrics did not come"
                 time.sleep(0.5)
     finally:

@@ -36,7 +36,7 @@ def reference(pair: tuple[Path, Path, Path], steered: bool) -> list[Generation]:
 
 def metric(server: Any, pattern: str) -> float:
     """Sum over the samples of the server's metrics whose name matches."""
-    return sum(value for name, _, value in server.metrics() if re.fullmatch(pattern, name))
+    return sum(sample.value for sample in server.metrics() if re.fullmatch(pattern, sample.name))
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -44,9 +43,10 @@ def ask(server: Any, number: int) -> int:
 
 def ours(server: Any) -> dict[str, float]:
     return {
-        name.removeprefix("vllm_steer:") + "".join(re.findall(r'(?:position|sampling)="(\w+)"', labels)): value
-        for name, labels, value in server.metrics()
-        if name.startswith("vllm_steer:") and not name.endswith("_created")
+        sample.name.removeprefix("vllm_steer:")
+        + "".join(value for label, value in sample.labels.items() if label in ("position", "sampling")): sample.value
+        for sample in server.metrics()
+        if sample.name.startswith("vllm_steer:") and not sample.name.endswith("_created")
     }
 
 
@@ -117,13 +117,11 @@ def test_several_engines_and_api_servers(tmp_path: Path) -> None:
     with serve(PAIR / "target", tmp_path / "log", *options, speculative=spec, timeout=500) as server:
         ask(server, 40)
         settled(server)
-        samples = [(name, re.findall(r'engine="(\d)"', labels), value) for name, labels, value in server.metrics()]
+        samples = server.metrics()
         vllm = server.counters()
-    blocks = {
-        engine: value for name, (engine, *_), value in [s for s in samples if s[1]] if name == "vllm_steer:blocks_total"
-    }
+    blocks = {sample.labels["engine"]: sample.value for sample in samples if sample.name == "vllm_steer:blocks_total"}
     print(blocks, vllm)
-    assert sum(name == "vllm_steer:steering_on" for name, _, _ in samples) == 2
+    assert sum(sample.name == "vllm_steer:steering_on" for sample in samples) == 2
     assert blocks.keys() == {"0", "1"} and min(blocks.values()) > 0 and sum(blocks.values()) == vllm["drafts"]
 
 
