@@ -76,7 +76,7 @@ class SteeredActivation(nn.Module):
         flat = gate_up.view(-1, gate_up.shape[-1])
         if flat.shape[-1] != 2 * self.deltas.shape[-1] or flat.shape[0] > self.entry.shape[0]:
             raise SteeringError(
-                f"the drafter's MLP has {tuple(gate_up.shape)} rows and columns, the steering was made for at most "
+                f"the drafter's MLP got rows and columns {tuple(gate_up.shape)}, steering has room for "
                 f"{self.entry.shape[0]} rows of {2 * self.deltas.shape[-1]}: this is a fault of vllm-steer, report it"
             )
         out = kernels.steered_activation(flat, self.deltas, self.entry, self.form)

@@ -108,7 +108,7 @@ def ways() -> dict[str, str]:
 
 
 def known(version: str) -> bool:
-    """Whether the seams were made for this release of vLLM."""
+    """Whether the seams support this release of vLLM."""
     return any(f"{version}.".startswith(f"{release}.") for release in RELEASES)
 
 

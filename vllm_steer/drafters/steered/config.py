@@ -1,4 +1,4 @@
-"""The contents of `steering/config.json`, checked strictly: what a steering module was made for."""
+"""`steering/config.json`, checked strictly: which target and drafter a steering module fits, and how it is built."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ INSTALL = f"install vLLM {patching.WORKS_WITH}: pip install 'vllm-steer[gpu]', o
 
 
 def vllm_version(case: Case) -> Iterable[Finding]:
-    """vLLM is there, and a release the seams were made for."""
+    """vLLM is installed, in a release that the seams support."""
     try:
         case.vllm = introspection.version()
     except ImportError as error:

@@ -44,8 +44,8 @@ def _is_share(value: Any) -> bool:
 class Watchdog:
     """Judges the blocks drafted with steering on; warns once until acceptance has recovered.
 
-    It looks at ENOUGH blocks at least, and at more, up to MOST, until the verdict is certain: the mean of so few blocks
-    strays, and a server is looked at for months.
+    It looks at ENOUGH blocks at least, and at more, up to MOST, until the verdict is certain: the mean of a few
+    blocks varies, and a server that runs for months is judged often.
     """
 
     def __init__(self, expected: list[list[float]]):
