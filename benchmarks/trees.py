@@ -31,6 +31,7 @@ WAYS: dict[str, tuple[tree.Tree, str]] = {
     "RSD-C 4,1,1,1,1": (Branching((4, *ONES)), "recursive"),
     "RSD-C 2,2,1,1,1": (Branching((2, 2, 1, 1, 1)), "recursive"),
     "RSD-S 4 of 5": (Beam(4, 5), "recursive"),
+    "RSD-S 4 of 5, whole paths": (Beam(4, 5, whole=True), "recursive"),
     "coupled 4,1,1,1,1": (Branching((4, *ONES)), "coupled"),
 }
 
@@ -84,8 +85,11 @@ def main() -> None:
         for temperature in args.temperatures:
             known = None
             for way in WAYS:
-                if temperature == 0 and WAYS[way][1] != "recursive":
+                shape, verification = WAYS[way]
+                if temperature == 0 and verification != "recursive":
                     continue  # greedy trees have one kind of draft
+                if temperature > 0 and getattr(shape, "whole", False):
+                    continue
                 row = measure(models, prompts, way, args, temperature)
                 answers = row.pop("answers")
                 known = known or answers

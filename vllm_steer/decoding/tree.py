@@ -63,10 +63,14 @@ class Branching:
 
 @dataclass(frozen=True)
 class Beam:
-    """The `width` best paths at every depth (RSD-S; at temperature 0 the most probable ones)."""
+    """The `width` best paths at every depth (RSD-S).
+
+    At temperature 0 these are the most probable ones.
+    """
 
     width: int
     depth: int
+    whole: bool = False  # temperature 0 only: verify the paths that stay to the end, so `width` rows and no more
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.depth < 1:
@@ -130,6 +134,11 @@ def generate(
         temperature == 0 or verification == "recursive" or not isinstance(tree, Beam),
         f"a beam ranks paths by their probability, which {verification} drafts do not follow: give a branching list, "
         "or verification 'recursive'",
+    )
+    _require(
+        temperature == 0 or not (isinstance(tree, Beam) and tree.whole),
+        f"temperature is {temperature} and the beam has whole paths only: sampled drafts are exact only if all that "
+        "were drawn are verified; give temperature 0, or a beam without `whole`",
     )
     with _guiding(drafter, steering, scale) as guide:
         verifier = _verifier(temperature, verification, seed)
@@ -195,9 +204,21 @@ def _grow(drafter: _Cached, tokens: list[int], window: int, tree: Tree, vocab: i
         if depth + 1 < tree.depth:
             drafter.select([row for _, row in grown])
             logits, _ = drafter.feed_rows([[child.token] for child in frontier], position)
+    if isinstance(tree, Beam) and tree.whole:
+        _drop_short_paths(frontier)
     drafter.select([0])  # the next round feeds everything from this round's newest token on
     drafter.crop(len(tokens) - 1)
     return root
+
+
+def _drop_short_paths(leaves: list[Node]) -> None:
+    """Drop what none of the deepest nodes, `leaves`, descends from."""
+    level = leaves
+    while parents := list({id(node.parent): node.parent for node in level if node.parent is not None}.values()):
+        kept = {id(node) for node in level}
+        for parent in parents:
+            parent.children = [child for child in parent.children if id(child) in kept]
+        level = parents
 
 
 def _number_rows(root: Node) -> list[list[int]]:

@@ -21,7 +21,14 @@ from vllm_steer.drafters.steered import checkpoint
 
 NEW = 20
 P_VALUE = 1e-4
-SHAPES = [Branching((4, 1, 1)), Branching((3, 2, 1)), Branching((1, 1, 1, 1)), Beam(4, 3), Beam(1, 4)]
+SHAPES = [
+    Branching((4, 1, 1)),
+    Branching((3, 2, 1)),
+    Branching((1, 1, 1, 1)),
+    Beam(4, 3),
+    Beam(4, 3, whole=True),
+    Beam(1, 4),
+]
 V = 6
 
 
@@ -73,6 +80,17 @@ def test_wider_trees_hold_what_narrower_ones_do(pair: Any) -> None:
         return chain.acceptance_length([block for each in found for block in each.blocks])
 
     assert length(Branching((1, 1, 1))) < length(Branching((4, 1, 1))) <= length(Beam(4, 3))
+
+
+def test_a_beam_of_whole_paths_has_a_row_for_each(pair: Any) -> None:
+    target, drafter, steering = pair
+    prompt = random_prompt(7, vocab_size=32)
+    blocks = {
+        whole: tree.generate(target, drafter, prompt, Beam(4, 3, whole), steering, max_new_tokens=NEW).blocks
+        for whole in (False, True)
+    }
+    assert all(len(block.rows) == 4 and set(map(len, block.rows)) == {3} for block in blocks[True])
+    assert set(blocks[True][0].rows) < set(blocks[False][0].rows)
 
 
 @pytest.mark.parametrize("shape", [Branching((4, 1, 1)), Branching((3, 2, 1))], ids=str)
@@ -176,6 +194,10 @@ def test_sampled_output_has_the_targets_distribution(pair: Any, shape: tree.Tree
         (
             lambda: tree.generate(None, None, [1], Beam(2, 2), temperature=1.0, verification="coupled"),
             "a beam ranks paths by their probability",
+        ),
+        (
+            lambda: tree.generate(None, None, [1], Beam(2, 2, whole=True), temperature=1.0),
+            "temperature is 1.0 and the beam has whole paths only",
         ),
     ],
 )
