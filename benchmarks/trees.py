@@ -30,6 +30,8 @@ WAYS: dict[str, tuple[tree.Tree, str]] = {
     "independent, 4 of 5": (Branching((4, *ONES)), "independent"),
     "RSD-C 4,1,1,1,1": (Branching((4, *ONES)), "recursive"),
     "RSD-C 2,2,1,1,1": (Branching((2, 2, 1, 1, 1)), "recursive"),
+    "RSD-S 2 of 5": (Beam(2, 5), "recursive"),
+    "RSD-S 3 of 5": (Beam(3, 5), "recursive"),
     "RSD-S 4 of 5": (Beam(4, 5), "recursive"),
     "RSD-S 4 of 5, whole paths": (Beam(4, 5, whole=True), "recursive"),
     "coupled 4,1,1,1,1": (Branching((4, *ONES)), "coupled"),
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="prompts")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per answer")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="some of the rows only")
     parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
@@ -84,7 +87,7 @@ def main() -> None:
         models = target, load(path), steering
         for temperature in args.temperatures:
             known = None
-            for way in WAYS:
+            for way in args.ways:
                 shape, verification = WAYS[way]
                 if temperature == 0 and verification != "recursive":
                     continue  # greedy trees have one kind of draft
