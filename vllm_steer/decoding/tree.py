@@ -205,20 +205,16 @@ def _grow(drafter: _Cached, tokens: list[int], window: int, tree: Tree, vocab: i
             drafter.select([row for _, row in grown])
             logits, _ = drafter.feed_rows([[child.token] for child in frontier], position)
     if isinstance(tree, Beam) and tree.whole:
-        _drop_short_paths(frontier)
+        _drop_short_paths(root, tree.depth)
     drafter.select([0])  # the next round feeds everything from this round's newest token on
     drafter.crop(len(tokens) - 1)
     return root
 
 
-def _drop_short_paths(leaves: list[Node]) -> None:
-    """Drop what none of the deepest nodes, `leaves`, descends from."""
-    level = leaves
-    while parents := list({id(node.parent): node.parent for node in level if node.parent is not None}.values()):
-        kept = {id(node) for node in level}
-        for parent in parents:
-            parent.children = [child for child in parent.children if id(child) in kept]
-        level = parents
+def _drop_short_paths(node: Node, depth: int) -> bool:
+    """Drop the paths below `node` that end before `depth`; whether one is left."""
+    node.children = [child for child in node.children if _drop_short_paths(child, depth)]
+    return bool(node.children) or node.depth == depth
 
 
 def _number_rows(root: Node) -> list[list[int]]:
