@@ -145,8 +145,7 @@ def measure(server: Server, name: str, pair: Pair, args: argparse.Namespace) -> 
     row = Row(name, start_seconds=server.seconds, proof=server.proof_of_life())
     client = OpenAI(base_url=server.url + "/v1", api_key="none", timeout=args.timeout, max_retries=0)
     ask(client, pair, WARM_UP, args, echo=False)
-    speculates = name != UNSPECULATED
-    before = server.counters() if speculates else None
+    before = server.counters() if name != UNSPECULATED else None
     for number, prompt in enumerate(pair.prompts[: args.prompts], 1):
         if number == 1:
             print(f"  {prompt[-300:]!r}\n  | ", end="", flush=True)
@@ -159,15 +158,19 @@ def measure(server: Server, name: str, pair: Pair, args: argparse.Namespace) -> 
         row.texts.append(text)
         if number == 1:
             print()
-    after = server.counters() if speculates else None
-    row.drafts = after["drafts"] - before["drafts"] if before and after else 0
-    if before and after and row.drafts:
-        row.acceptance_length = 1 + (after["accepted"] - before["accepted"]) / row.drafts
-        row.acceptance = [
-            (b - a) / row.drafts for a, b in zip(before["per_position"], after["per_position"], strict=True)
-        ]
+    if before is not None:
+        count(row, before, server.counters())
     print(f"\r  {len(row.texts)} answers, {row.tokens} tokens, {row.tokens / row.seconds:.1f} tokens/s")
     return row
+
+
+def count(row: Row, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Fill in what was drafted and accepted between two readings of a server's counters."""
+    row.drafts = after["drafts"] - before["drafts"]
+    if row.drafts:
+        row.acceptance_length = 1 + (after["accepted"] - before["accepted"]) / row.drafts
+        at = zip(before["per_position"], after["per_position"], strict=True)
+        row.acceptance = [(b - a) / row.drafts for a, b in at]
 
 
 def run(name: str, pair: Pair, args: argparse.Namespace, logs: Path) -> Row:
