@@ -3,7 +3,7 @@
 #   make demo                 serve the tiny pair unspeculated, plain and steered, and compare
 #   make demo PAIR=qwen       the same with Qwen2.5-Coder 1.5B / 0.5B
 #   make test                 the test suite            (one file: make test ARGS=tests/unit/drafters/test_config.py)
-#   make test-ci                              as CI runs it: with the long tests too
+#   make test-ci              as CI runs it: with the long tests too
 #   make test-newer           the core of it on the next vLLM, of which there is no CPU build (tests/support/newer.py)
 #   make install              only the environment      (on an NVIDIA GPU: make ... EXTRA=gpu)
 #   make lint, make docs, make package, make clean
@@ -37,17 +37,19 @@ demo: install
 	$(BIN)/python examples/demo.py --pair $(PAIR) $(ARGS)
 
 # Two processes with one thread each: tiny models gain nothing from threads, and OpenMP's wait for each other spinning.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: install triton
 	@echo "[test] without the tests marked gpu, real_pair, slow and long; with the long ones: make test-ci; with all: make test ARGS='-m \"\"'"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-ci: install triton
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(IN_CI)" $(ARGS)
+	$(PYTEST) -m "$(IN_CI)" $(ARGS)
 
 # All of it takes an hour: make test-newer ARGS='-m "" tests/engine tests/server tests/unit/serving'
 test-newer: install triton
 	$(BIN)/python tests/support/newer.py $(NEWER) $(abspath $(VENV))/share/vllm-$(NEWER)
-	PYTHONPATH=$(abspath $(VENV))/share/vllm-$(NEWER) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	PYTHONPATH=$(abspath $(VENV))/share/vllm-$(NEWER) $(PYTEST) \
 		$(or $(ARGS),-m "$(IN_CI)" $(NEWER_TESTS))
 
 install: $(VENV)/.installed-$(EXTRA)
