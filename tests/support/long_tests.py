@@ -1,5 +1,5 @@
-"""The tests that `make test` leaves to `make test-ci`: each takes half a minute or more on two cores, and the same is
-shown, on the other runner or with another model, by a test that stays.
+"""The tests that `make test` leaves to `make test-ci`, which CI runs: each takes half a minute or so on two cores. Of
+most, the same is shown, on the other runner or with another model, by a test that stays.
 
 How long tests take: `make test-ci ARGS='--durations=60'`.
 """
@@ -9,27 +9,44 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-LONG = (  # file: tests, with their parameters where only some are long
-    "engine/test_acceptance.py: test_the_steered_drafter_is_accepted_more[v1-1.0]",
-    "engine/test_draft_filters.py: test_the_output_is_the_targets[v2]",
-    "engine/test_draft_graphs.py: test_a_buffer_bound_anew_shows",
-    "engine/test_families.py: test_drafts_are_those_of_the_reference[glm4] "
-    "test_drafts_are_those_of_the_reference[olmo2]",
-    "engine/test_kv_cache_groups.py: test_a_gpt_oss_target[plain] test_a_gemma_target "
-    "test_up_to_the_end_of_the_context test_one_window_for_a_whole_model[v2-drafter] "
-    "test_one_window_for_a_whole_model[v1-target]",
-    "engine/test_lossless.py: test_sampled_output_is_the_targets[v2-temperatures1-greedy]",
-    "engine/test_parity.py: test_steering_off_is_stock[llama-v2] test_other_draft_lengths[7-v2] "
-    "test_other_draft_lengths[1-v2] test_zero_projection_is_stock_and_adapters_attach[llama-v1] "
-    "test_drafts_are_those_of_the_reference[granite-v1] test_drafts_are_those_of_the_reference[granite-v2] "
-    "test_drafts_are_those_of_the_reference[qwen2-v1] test_drafts_are_those_of_the_reference[qwen2-v2]",
-    "server/test_devices.py: test_ray[v2] test_an_unknown_vllm",
-    "unit/bench/test_conditions.py: test_bench_samples_neutrally_or_as_served "
-    "test_generate_samples_neutrally_or_as_served",
-    "unit/bench/test_evaluate.py: test_blocks_are_those_of_the_engine",
-    "unit/data/test_responses.py: test_interrupted_thrice_is_as_good_as_never",
-    "unit/project/test_gpu_session.py: test_every_command_of_the_session_is_one",
-)
+LONG = {  # in tests/: a test's name stands for all its parameters
+    "engine/test_acceptance.py": ("test_the_steered_drafter_is_accepted_more[v1-1.0]",),
+    "engine/test_draft_filters.py": ("test_the_output_is_the_targets[v2]",),
+    "engine/test_draft_graphs.py": ("test_a_buffer_bound_anew_shows",),
+    "engine/test_families.py": (
+        "test_drafts_are_those_of_the_reference[glm4]",
+        "test_drafts_are_those_of_the_reference[olmo2]",
+    ),
+    "engine/test_kv_cache_groups.py": (
+        "test_a_gpt_oss_target[plain]",
+        "test_a_gemma_target",
+        "test_up_to_the_end_of_the_context",
+        "test_one_window_for_a_whole_model[v2-drafter]",
+        "test_one_window_for_a_whole_model[v1-target]",
+    ),
+    "engine/test_lossless.py": ("test_sampled_output_is_the_targets[v2-temperatures1-greedy]",),
+    "engine/test_parity.py": (
+        "test_steering_off_is_stock[llama-v2]",
+        "test_other_draft_lengths[7-v2]",
+        "test_other_draft_lengths[1-v2]",
+        "test_zero_projection_is_stock_and_adapters_attach[llama-v1]",
+        "test_drafts_are_those_of_the_reference[granite-v1]",
+        "test_drafts_are_those_of_the_reference[granite-v2]",
+        "test_drafts_are_those_of_the_reference[qwen2-v1]",
+        "test_drafts_are_those_of_the_reference[qwen2-v2]",
+    ),
+    "server/test_devices.py": (
+        "test_ray[v2]",
+        "test_an_unknown_vllm",
+    ),
+    "unit/bench/test_conditions.py": (
+        "test_bench_samples_neutrally_or_as_served",
+        "test_generate_samples_neutrally_or_as_served",
+    ),
+    "unit/bench/test_evaluate.py": ("test_blocks_are_those_of_the_engine",),
+    "unit/data/test_responses.py": ("test_interrupted_thrice_is_as_good_as_never",),
+    "unit/project/test_gpu_session.py": ("test_every_command_of_the_session_is_one",),
+}
 
 
 def find(names: Iterable[str], whole_files: bool) -> set[str]:
@@ -42,8 +59,8 @@ def find(names: Iterable[str], whole_files: bool) -> set[str]:
         path, _, test = name.partition("::")
         collected[path.removeprefix("tests/")].add(test)
     found = set()
-    for path, _, tests in (line.partition(": ") for line in LONG):
-        for test in tests.split():
+    for path, tests in LONG.items():
+        for test in tests:
             matches = {name for name in collected[path] if test in (name, name.partition("[")[0])}
             if whole_files and collected[path] and not matches:
                 raise LookupError(f"tests/support/long_tests.py names {test}, which tests/{path} does not have")
