@@ -98,10 +98,26 @@ def opened(job: dict[str, Any], **more: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def plant(fault: str | None) -> None:
+    """Break draft trees on purpose, from now on in this process: "forks" or "commits" copy no pages."""
+    if fault is None:
+        return
+    from vllm_steer.serving.trees import layout
+
+    original = getattr(layout.Rows, fault)
+
+    def onto_itself(rows: Any) -> Any:
+        source, to = original(rows)
+        return (source, source) if fault == "forks" else (to, to)
+
+    setattr(layout.Rows, fault, onto_itself)
+
+
 def serve_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job of `Runner.run` in this process."""
     from vllm.exceptions import VLLMValidationError
 
+    plant(os.environ.get("STEER_TEST_FAULT"))
     with opened(job) as llm:
         worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         blocks: list[tuple[str, int, list[int], list[float]]] = []

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.decoding.chain import (
     Block,
     Generation,
@@ -35,22 +36,8 @@ from vllm_steer.drafters.steered.module import Steering
 VERIFICATIONS = ("recursive", "coupled", "independent")
 
 
-@dataclass(frozen=True)
-class Branching:
-    """Children of every node, by depth: (4, 1, 1) is four chains of three from the newest token (RSD-C)."""
-
-    widths: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise SteeringError(
-                f"the tree is {list(self.widths)}, allowed is a list of numbers from 1 up, e.g. [4, 1, 1]"
-            )
-
-    @property
-    def depth(self) -> int:
-        """k, the longest path."""
-        return len(self.widths)
+class Branching(TreeShape):
+    """A number of children for every depth, drafted and verified."""
 
     def children(self, depth: int) -> int:
         """How many children a node at `depth` has."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
-from vllm_steer.serving import patching
+from vllm_steer.serving import patching, tree_admission
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.serving.plan import LAYER_IDS, PLAN, Options, Plan, Written, draft_model, source_of, written
 
@@ -39,6 +39,11 @@ def prepare(vllm_config: VllmConfig) -> None:
                 f"additional-config names the steering adapter {options.adapter!r}, but no draft model is configured: "
                 "give --speculative-config with the adapter's base drafter as model"
             )
+        if options.tree is not None and not off:
+            raise SteeringError(
+                f"additional-config names the tree {options.tree}, but no draft model is configured: give "
+                "--speculative-config with a draft model, steered or plain"
+            )
         return
     _refuse_parallel_experts(vllm_config)
     if options.draft_graphs and not getattr(vllm_config, "use_v2_model_runner", False):
@@ -46,8 +51,14 @@ def prepare(vllm_config: VllmConfig) -> None:
             "additional-config vllm_steer: draft_graphs is for vLLM's V2 runner, this engine has V1, which captures "
             "draft models itself: drop draft_graphs, or set VLLM_USE_V2_MODEL_RUNNER=1"
         )
-    if written(vllm_config) is not None:
-        return  # vLLM copies configurations, and every copy passes here again
+    if written(vllm_config) is None:
+        _prepare_steered(vllm_config, draft, options, off)
+    if options.tree is not None and not off:
+        tree_admission.admit(vllm_config, options.tree)
+
+
+def _prepare_steered(vllm_config: VllmConfig, draft: Any, options: Options, off: bool) -> None:
+    """Write the plan of a steered drafter. vLLM copies configurations, and every copy passes `prepare` again."""
     source, revision = source_of(draft, options)
     if source is None:
         return  # a plain draft model is vLLM's own business; a further kind of drafter is recognised here

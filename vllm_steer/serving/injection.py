@@ -209,19 +209,22 @@ class Injection:
         vars(self._cpu_rows).update(vars(rows))  # in place: every layer holds this one object
 
     @torch.inference_mode()
-    def steer_drafts(self, num_requests: int) -> None:
-        """Steer the later passes: one row per request, in batch order."""
+    def steer_drafts(self, num_requests: int, each: int = 1) -> None:
+        """Steer the later passes: `each` rows per request, in batch order."""
         if self.scale == 0 or self._drafting:
             return
         self._drafting = True
         if not self._cpu:
             from vllm_steer.serving import kernels
 
-            kernels.steer_drafts(self.entry, num_requests)
+            kernels.steer_drafts(self.entry, num_requests, each)
             return
         self.entry.zero_()
-        self.entry[:num_requests] = torch.arange(1, num_requests + 1)
-        self._set_cpu_rows(CpuRows(count=num_requests))
+        count = num_requests * each
+        entries = torch.arange(1, num_requests + 1, dtype=torch.int32).repeat_interleave(each)
+        self.entry[:count] = entries
+        alone, listed = num_requests == 1, each > 1 and num_requests > 1
+        self._set_cpu_rows(CpuRows(count=count, entries=entries if listed else None, alone=alone))
 
     @torch.inference_mode()
     def off(self) -> None:

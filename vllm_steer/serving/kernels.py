@@ -192,11 +192,37 @@ def steer_window(
 
 
 @triton.jit(do_not_specialize=_VARIES)
-def _drafts_kernel(entry, num_requests, num_rows, BLOCK: tl.constexpr):
+def _drafts_kernel(entry, num_requests, num_rows, EACH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(entry + row, tl.where(row < num_requests, row + 1, 0), mask=row < num_rows)
+    tl.store(entry + row, tl.where(row < num_requests * EACH, row // EACH + 1, 0), mask=row < num_rows)
 
 
-def steer_drafts(entry: Tensor, requests: int) -> None:
-    """Row i is steered with entry i + 1 for i < requests, no other."""
-    _drafts_kernel[(triton.cdiv(entry.shape[0], 1024),)](entry, requests, entry.shape[0], BLOCK=1024)
+def steer_drafts(entry: Tensor, requests: int, each: int = 1) -> None:
+    """The `each` rows of request i are steered with entry i + 1 for i < requests, no other."""
+    _drafts_kernel[(triton.cdiv(entry.shape[0], 1024),)](entry, requests, entry.shape[0], EACH=each, BLOCK=1024)
+
+
+@triton.jit
+def _pages_kernel(addresses, words, source, to, BLOCK: tl.constexpr):
+    pair = tl.program_id(0)
+    layer = tl.program_id(1)
+    old = tl.load(source + pair).to(tl.int64)
+    new = tl.load(to + pair).to(tl.int64)
+    size = tl.load(words + layer)
+    word = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    if old != new:
+        cache = tl.load(addresses + layer).to(tl.pointer_type(tl.int32))
+        mask = word < size
+        tl.store(cache + new * size + word, tl.load(cache + old * size + word, mask=mask), mask=mask)
+
+
+def copy_pages(addresses: Tensor, words: Tensor, most: int, source: Tensor, to: Tensor) -> None:
+    """Copy page source[i] to page to[i], both [n] integer, in every layer, in one launch.
+
+    Args:
+        addresses: [layers] int64, where each layer's KV cache begins.
+        words: [layers] int64, four-byte words of a page in each.
+        most: the largest of `words`.
+    """
+    grid = (len(source), len(addresses), triton.cdiv(most, 4096))
+    _pages_kernel[grid](addresses, words, source, to, BLOCK=4096)

@@ -6,16 +6,19 @@ How one is applied is in patching.py; workers are named as "module:Class", which
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
 from vllm_steer.serving import admission, patching, repairs
 from vllm_steer.serving.patching import Seam
-from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.plan import Plan, tree_of
 
 V1 = "vllm_steer.serving.spec_decode.v1"
 V2 = "vllm_steer.serving.spec_decode.v2"
+TREE_V1 = "vllm_steer.serving.spec_decode.tree_v1"
+TREE_V2 = "vllm_steer.serving.spec_decode.tree_v2"
 PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"  # vLLM's, of V1
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"  # of V2
 
@@ -54,6 +57,50 @@ def _steered_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]
         return resolve_name(f"{V2}:speculator")(*args, **kwargs) or original(*args, **kwargs)
 
     return init_speculator
+
+
+def _rows(module: str, function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For `Seam.make`: calls go to a function of `module` first, if something in this process has imported that."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            if (trees := sys.modules.get(module)) is None:
+                return original(*args, **kwargs)
+            return getattr(trees, function)(original, *args, **kwargs)
+
+        return replaced
+
+    return make
+
+
+def _lookahead_of_rows(original: property) -> property:
+    def num_lookahead_tokens(self: Any) -> int:
+        shape = tree_of(self)
+        return original.__get__(self) if shape is None else shape.lookahead(self.cache_config.block_size)
+
+    return property(num_lookahead_tokens)
+
+
+def _never() -> None:
+    """For `Seam.upstream`: vLLM has no way of its own."""
+
+
+def _tree_seams(runner: str, module: str, places: dict[str, str]) -> list[Seam]:
+    """The seams of draft trees on one runner: each place of vLLM's goes through a function of `module`."""
+    return [
+        Seam(
+            module=place.split(":")[0],
+            name=place.split(":")[1],
+            make=_rows(module, function),
+            upstream=_never,
+            why="a draft tree is served as rows, which stand for their request in the target's pass",
+            remove_when="vLLM serves draft trees",
+            runner=runner,
+            required=False,
+        )
+        for place, function in places.items()
+    ]
 
 
 def _load_with_states(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,5 +250,35 @@ SEAMS = (
         needs=_methods(SPECULATOR, "propose", "compute_draft_logits"),
         runner="v2",
         required=False,
+    ),
+    Seam(
+        module="vllm.config.vllm",
+        name="VllmConfig.num_lookahead_tokens",
+        make=_lookahead_of_rows,
+        upstream=_never,
+        why="the rows of a draft tree write to pages of their own, which are lookahead to the scheduler",
+        remove_when="vLLM asks the drafter how much lookahead it needs",
+        required=False,
+    ),
+    *_tree_seams(
+        "v1",
+        TREE_V1,
+        {
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": "prepare_inputs",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": "fits_in_drafter",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata": "build_attention_metadata",
+            "vllm.v1.worker.utils:AttentionGroup.build_metadata": "build_metadata",
+            "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": "reject",
+        },
+    ),
+    *_tree_seams(
+        "v2",
+        TREE_V2,
+        {
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_inputs": "prepare_inputs",
+            "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": "prepare_attn",
+            "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": "over_rows",
+            "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": "reject",
+        },
     ),
 )

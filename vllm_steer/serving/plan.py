@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # where both model runners look for the target's layer ids
 PLAN = "vllm_steer_plan"
+TREE = "vllm_steer_tree"  # in the draft model's config too, of steered and of plain drafters
 OP_VERSION = 2  # raise when the injected computation changes: it salts the compile caches
 MAX_SCALE = 100
 OPTIONS = "vllm_steer"  # key in vLLM's --additional-config
@@ -30,6 +32,7 @@ class Options:
     scale: float = 1.0  # multiplies every delta; 0 drafts like the plain drafter
     draft_graphs: bool = False  # V2: replay the drafter's decode passes as CUDA graphs
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
+    tree: list[int] | None = None  # children of every node by depth, in place of a chain of drafts
 
     @classmethod
     def read(cls, additional: Any) -> Options:
@@ -42,18 +45,28 @@ class Options:
             if key not in known:
                 raise SteeringError(f"additional-config {OPTIONS}: unknown key {key!r}; allowed are {', '.join(known)}")
         options = cls(**raw)
-        if isinstance(options.scale, bool) or not isinstance(options.scale, int | float):
-            raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale!r}, allowed is a number")
-        if not abs(options.scale) <= MAX_SCALE:
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
+            raise SteeringError(f"additional-config {OPTIONS}: scale is {self.scale!r}, allowed is a number")
+        if not abs(self.scale) <= MAX_SCALE:
             allowed = f"-{MAX_SCALE} to {MAX_SCALE}"
-            raise SteeringError(f"additional-config {OPTIONS}: scale is {options.scale}, allowed is {allowed}")
+            raise SteeringError(f"additional-config {OPTIONS}: scale is {self.scale}, allowed is {allowed}")
         for key in ("draft_graphs", "filter_drafts"):
-            if not isinstance(value := getattr(options, key), bool):
+            if not isinstance(value := getattr(self, key), bool):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} is {value!r}, allowed are true and false")
         for key in ("adapter", "revision"):
-            if not isinstance(getattr(options, key), str | None):
+            if not isinstance(getattr(self, key), str | None):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")
-        return options
+        if self.tree is not None:
+            if not isinstance(self.tree, list):
+                raise SteeringError(
+                    f"additional-config {OPTIONS}: tree is {self.tree!r}, allowed is a list of whole numbers from 1 "
+                    "up, the children of every node by depth, e.g. [4, 1, 1]"
+                )
+            TreeShape.of(self.tree)
 
 
 class Written(dict):
@@ -120,6 +133,12 @@ def _refuse_overlooked(vllm_config: VllmConfig) -> None:
             f"({vllm.__version__}) has no place for that, or the plugin could not start (then the log says why): "
             f"install a vLLM that the README names, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
         )
+
+
+def tree_of(vllm_config: VllmConfig) -> TreeShape | None:
+    """The tree an engine drafts, as `prepare` admitted it; None: it drafts chains."""
+    found = getattr(getattr(draft_model(vllm_config), "hf_config", None), TREE, None)
+    return TreeShape.of(found["widths"]) if isinstance(found, Written) and found else None
 
 
 def filters_drafts(vllm_config: VllmConfig) -> bool:

@@ -183,7 +183,7 @@ def test_sampled_output_has_the_targets_distribution(pair: Any, shape: tree.Tree
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Branching(()), r"the tree is \[\], allowed is a list of numbers from 1 up"),
+        (lambda: Branching(()), r"the tree is \[\], allowed is a list of whole numbers from 1 up"),
         (lambda: Branching((2, 0)), r"the tree is \[2, 0\]"),
         (lambda: Beam(0, 3), "the beam is 0 wide and 3 deep"),
         (lambda: tree.generate(None, None, [], Beam(2, 2)), "the prompt is empty"),

@@ -61,6 +61,7 @@ class Filters:
     def begin(self, requests: Tensor, on_host: np.ndarray) -> None:
         """Take over the filters of a round's requests; both arguments are their places in the states, [B]."""
         states = self._states
+        self._requests = len(requests)
         self._any_top_k = bool((states.top_k.np[on_host] != states.vocab_size).any())
         self._any_top_p = bool((states.top_p.np[on_host] != 1).any())
         self.active = self._any_top_k or self._any_top_p
@@ -72,9 +73,10 @@ class Filters:
             torch.index_select(states.top_p.gpu, 0, requests, out=self._top_p[: len(requests)])
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] of the round's requests, cut; as they are where no request has a filter."""
+        """Logits [B r, V] of the round's requests, r rows each, cut; as they are where no request has a filter."""
         if not self.active:
             return logits
-        n = len(logits)
-        top_k, top_p = self._top_k[:n] if self._any_top_k else None, self._top_p[:n] if self._any_top_p else None
-        return cut(logits, self._temperature[:n], top_k, top_p)
+        n = self._requests
+        each = lambda of: of[:n].repeat_interleave(len(logits) // n)  # noqa: E731
+        top_k, top_p = each(self._top_k) if self._any_top_k else None, each(self._top_p) if self._any_top_p else None
+        return cut(logits, each(self._temperature), top_k, top_p)

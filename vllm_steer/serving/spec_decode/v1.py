@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_steer.serving.injection import Injection
-from vllm_steer.serving.plan import Plan, filters_drafts
+from vllm_steer.serving.plan import Plan, filters_drafts, tree_of
 from vllm_steer.serving.sampling.draft_filters import cut, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
+from vllm_steer.serving.spec_decode.tree_v1 import TreeRounds
 
 
 class SteeredDraftModelProposer(DraftModelProposer):
@@ -29,6 +30,8 @@ class SteeredDraftModelProposer(DraftModelProposer):
         self._filters_drafts = filters_drafts(vllm_config)
         if self._filters_drafts:
             say_so()
+        shape = tree_of(vllm_config)
+        self.tree = None if shape is None else TreeRounds(self, runner, shape, self._filters_drafts)
         if self.plan is not None:
             runner.use_aux_hidden_state_outputs = True
 
@@ -44,8 +47,11 @@ class SteeredDraftModelProposer(DraftModelProposer):
         return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As vLLM's: drafts [requests, k]. What steered this round is dropped afterwards, whatever happens."""
+        """As vLLM's: drafts [requests, k], or [requests, N] of a tree. What steered this round is dropped afterwards,
+        whatever happens."""
         try:
+            if self.tree is not None:
+                return self.tree.propose(super().propose, *args, **kwargs)
             return super().propose(*args, **kwargs)
         finally:
             self._verified = None
@@ -65,7 +71,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
         """As vLLM's, after the guides of this round are taken from target_hidden_states [tokens, states x H]."""
         if self.injection is not None:
             self._steer_first_pass(target_hidden_states, cad, num_rejected_tokens_gpu)
-        return super().set_inputs_first_pass(
+        found = super().set_inputs_first_pass(
             target_token_ids,
             next_token_ids,
             target_positions,
@@ -74,6 +80,14 @@ class SteeredDraftModelProposer(DraftModelProposer):
             cad,
             num_rejected_tokens_gpu,
         )
+        if self.tree is not None:
+            self.tree.before_first_pass(found[1])
+        return found
+
+    def _sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+        if self.tree is not None:
+            return self.tree.after_first_pass(hidden_states), None
+        return super()._sample_draft_tokens(hidden_states, sampling_metadata)
 
     def _steer_first_pass(self, states: Tensor, cad: Any, rejected: Tensor | None) -> None:
         batch, n = self.runner.input_batch, cad.batch_size()
@@ -109,5 +123,5 @@ class SteeredDraftModelProposer(DraftModelProposer):
 
 def proposer(vllm_config: Any, device: torch.device, runner: Any) -> Any:
     """The proposer for an engine's kind of drafter; None: it is vLLM's own."""
-    ours = Plan.of(vllm_config) is not None or filters_drafts(vllm_config)
+    ours = Plan.of(vllm_config) is not None or filters_drafts(vllm_config) or tree_of(vllm_config) is not None
     return SteeredDraftModelProposer(vllm_config, device, runner) if ours else None

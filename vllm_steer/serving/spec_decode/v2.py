@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
-from vllm_steer.serving.plan import Options, Plan, draft_model, filters_drafts
+from vllm_steer.serving.plan import Options, Plan, draft_model, filters_drafts, tree_of
 from vllm_steer.serving.sampling.draft_filters import Filters, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
 from vllm_steer.serving.spec_decode.draft_graphs import GraphedSpeculator
+from vllm_steer.serving.spec_decode.tree_v2 import Treed
 
 
 class DraftModelSpeculator(GraphedSpeculator):
@@ -112,10 +113,21 @@ class SteeredSpeculator(DraftModelSpeculator):
         return super()._multi_step_decode(input_batch, num_rejected, num_reqs, skip_attn, *args)
 
 
+class SteeredTreeSpeculator(Treed, SteeredSpeculator):  # type: ignore[misc]  # the others are passed on
+    """Draft trees of a steered drafter."""
+
+
+class TreeSpeculator(Treed, DraftModelSpeculator):  # type: ignore[misc]  # the others are passed on
+    """Draft trees of a plain draft model."""
+
+
 def speculator(vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     """The speculator for an engine's kind of drafter; None: it is vLLM's own."""
+    trees = tree_of(vllm_config) is not None
     if Plan.of(vllm_config) is not None:
-        return SteeredSpeculator(vllm_config, device)
+        return (SteeredTreeSpeculator if trees else SteeredSpeculator)(vllm_config, device)
+    if trees:
+        return TreeSpeculator(vllm_config, device)
     return DraftModelSpeculator(vllm_config, device) if _changes_a_plain_one(vllm_config) else None
 
 

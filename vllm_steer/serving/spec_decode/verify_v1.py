@@ -1,0 +1,151 @@
+"""V1 model runner: which tokens of draft trees are accepted.
+
+At temperature 0 the row that agrees longest with the target's argmax is vLLM's to verify, as a chain of k. At other
+temperatures the target's token at every node is drawn with noise of (seed, position, token), the same in all rows, and
+a draft is accepted where it equals that: every token is a draw from the target's own distribution. Drafts are the most
+probable tokens, or with draft_sample_method "probabilistic" the first ones under the same noise (coupled draws,
+decoding/verification.py).
+
+Shape legend: B requests, k depth, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.serving.sampling.draft_filters import cut
+from vllm_steer.serving.trees.drafting import Rank, greedy
+from vllm_steer.serving.trees.layout import Rows, to_device
+from vllm_steer.serving.trees.noise import gumbel
+from vllm_steer.serving.trees.requests import looks_back
+
+
+class Verifier:
+    """Verifies the trees of an engine, and ranks drafts by the same noise."""
+
+    def __init__(self, shape: TreeShape, device: torch.device, coupled: bool, filtered: bool):
+        """`coupled` drafts take the target's noise; `filtered` ones follow the request's top-k and top-p."""
+        self._shape, self._device, self._coupled, self._filtered = shape, device, coupled, filtered
+        self._looks_back: dict[str, bool] = {}
+        self._seeds: dict[str, int] = {}
+        self._batch: Sequence[str] = ()
+
+    def meet(self, batch: Sequence[str], known: Mapping[str, Any]) -> np.ndarray:
+        """Note the requests of a batch, of those known to the model runner; [B] bool, which are drafted chains."""
+        if any(name not in self._seeds for name in batch) or len(self._seeds) > 2 * len(known):
+            params = {name: known[name].sampling_params for name in known}
+            self._looks_back = {name: looks_back(each) for name, each in params.items()}
+            self._seeds = {name: self._seeds.get(name) or _seed(each) for name, each in params.items()}
+        self._batch = batch
+        return np.fromiter(map(self._looks_back.__getitem__, batch), dtype=bool, count=len(batch))
+
+    def verify(
+        self,
+        sampler: Any,
+        verdict: Callable[..., Any],
+        rows: Rows,
+        positions: Tensor,
+        metadata: SpecDecodeMetadata,
+        logits: Tensor,
+        sampling: Any,
+    ) -> Any:
+        """Choose the winners and return vLLM's SamplerOutput.
+
+        Args:
+            sampler: vLLM's RejectionSampler, and `verdict` its `forward`.
+            positions: [logits] of the tokens that have logits.
+            metadata, logits, sampling: as vLLM gives them to `verdict`, for all rows.
+        """
+        following = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
+        following[metadata.target_logits_indices.long()] = metadata.draft_token_ids.long()
+        processed = self._processed(rows, positions, logits, sampling)
+        own = processed.argmax(-1)
+        agreed = rows.choose(own, following)
+        kept = rows.kept()
+        chain = _chain(rows, metadata, following[kept], kept)
+        if (
+            sampling.spec_token_ids
+        ):  # for penalties and bad words, whose requests show their first row; it has spare room
+            pairs = zip(sampling.spec_token_ids, chain.num_draft_tokens, strict=False)
+            sampling = replace(sampling, spec_token_ids=[ids[:n] for ids, n in pairs])
+        found = verdict(chain, None, logits[kept], sampling)
+        if sampling.all_greedy:
+            return found
+        ids = self._drawn(rows, own, agreed, sampling, found.sampled_token_ids)
+        if sampling.max_num_logprobs is None:
+            return replace(found, sampled_token_ids=ids)
+        shown = processed[kept] if sampler.is_processed_logprobs_mode else logits[kept].float()
+        drafts, bonus = chain.target_logits_indices.long(), chain.bonus_logits_indices.long()
+        logprobs = sampler._get_logprobs_tensors(
+            sampling.max_num_logprobs, chain, logits[kept], shown[drafts], shown[bonus], ids
+        )
+        return replace(found, sampled_token_ids=ids, logprobs_tensors=logprobs)
+
+    def _processed(self, rows: Rows, positions: Tensor, logits: Tensor, sampling: Any) -> Tensor:
+        """Logits of which the largest is what the target says, [logits, V], of requests that do not look back."""
+        of = rows.on.request_of_logit
+        if sampling.allowed_token_ids_mask is not None:
+            logits = logits.masked_fill(sampling.allowed_token_ids_mask[of], -torch.inf)
+        if sampling.all_greedy:
+            return logits
+        scaled = apply_sampling_constraints(logits.float().clone(), rows.on.logits_end.int(), sampling)
+        noise = gumbel(self._seed_table()[of], positions, logits.shape[-1])
+        return scaled + torch.where(sampling.temperature[of, None] > 0, noise, 0)
+
+    def _drawn(self, rows: Rows, own: Tensor, agreed: Tensor, sampling: Any, ids: Tensor) -> Tensor:
+        """vLLM's sampled ids [B, k + 1], -1 after the last, with the target's draws for trees at a temperature."""
+        said = rows.said(own).to(ids.dtype)
+        column = torch.arange(said.shape[1], device=own.device)
+        said = torch.where(column <= agreed[:, None], said, -1)
+        sampled = (rows.on.is_tree > 0) & (sampling.temperature[: rows.requests] > 0)
+        return torch.where(sampled[:, None], said, ids)
+
+    def _seed_table(self) -> Tensor:
+        seeds = np.fromiter(map(self._seeds.__getitem__, self._batch), np.int64, len(self._batch))
+        return to_device(self._device, seeds=seeds).seeds
+
+    def rank(self, sampling: Any) -> Rank:
+        """How the drafts of a round are ranked."""
+        if not self._coupled or sampling.all_greedy:
+            return greedy
+        seeds, filters = self._seed_table(), (sampling.top_k, sampling.top_p)
+
+        def rank(logits: Tensor, width: int, rows: int, positions: Tensor) -> Tensor:
+            temperature = sampling.temperature.repeat_interleave(rows)
+            if self._filtered:
+                top_k, top_p = (None if each is None else each.repeat_interleave(rows) for each in filters)
+                logits = cut(logits, temperature, top_k, top_p)
+            heat = temperature[:, None]
+            noise = torch.where(heat > 0, gumbel(seeds.repeat_interleave(rows), positions, logits.shape[-1]), 0)
+            return greedy(logits.float() / torch.where(heat > 0, heat, 1) + noise, width, rows, positions)
+
+        return rank
+
+
+def _seed(params: Any) -> int:
+    """A request's own seed, or one from the stream that all ranks of an engine share."""
+    given = getattr(params, "seed", None)
+    return int(torch.randint(2**62, ())) if given is None else given
+
+
+def _chain(rows: Rows, metadata: SpecDecodeMetadata, following: Tensor, kept: Tensor) -> SpecDecodeMetadata:
+    """vLLM's metadata for the chains that are shown; following [kept] are the drafts after each of their logits."""
+    end, drafts = rows.on.kept_begin[1:], rows.on.kept_drafts
+    return SpecDecodeMetadata(
+        draft_token_ids=following[drafts].int(),
+        num_draft_tokens=rows.shown_drafts.tolist(),
+        cu_num_draft_tokens=(end - torch.arange(1, rows.requests + 1, device=kept.device)).int(),
+        cu_num_sampled_tokens=end.int(),
+        target_logits_indices=drafts.int(),
+        bonus_logits_indices=(end - 1).int(),
+        logits_indices=metadata.logits_indices[kept],
+    )
