@@ -1,7 +1,7 @@
 """Ask a real Prometheus, which scrapes a real steered server, every query of the Grafana dashboard.
 
 In order:
-    server       `vllm serve TARGET` with the steered drafter and the run-time switch
+    server       `vllm serve TARGET` with the steered drafter, a draft tree and the run-time switch
     Prometheus   the `prometheus` on PATH (Debian and Ubuntu: apt-get install prometheus) with docker/prometheus.yml,
                  pointed at that server
     traffic      clients ask all the time, half of them greedily; steered, then at scale 0, then steered again
@@ -147,8 +147,11 @@ def plot(path: Path, answers: list[dict[str, Any]], marks: list[float]) -> None:
     panels = {a["panel"]: [] for a in answers if not a["panel"].startswith("variable")}
     for a in answers:
         panels.get(a["panel"], []).extend(a["series"])
-    figure = Figure(figsize=(14, 9), layout="constrained")
-    for axes, (title, series) in zip(figure.subplots(3, 3).flat, panels.items(), strict=True):
+    figure = Figure(figsize=(14, 12), layout="constrained")
+    places = list(figure.subplots(-(-len(panels) // 3), 3).flat)
+    for axes in places[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (title, series) in zip(places, panels.items(), strict=False):
         for one in series:
             if one["points"]:
                 axes.plot(*zip(*one["points"], strict=True), label=one["legend"] or None, linewidth=1)
@@ -180,7 +183,8 @@ def main() -> int:
     if not all(isinstance(prompt, str) for prompt in prompts):
         sys.exit(f"{args.prompts} has chats: this benchmark sends texts to continue")
     options = ("--served-model-name", "model", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
-               "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3",
+               "--max-num-seqs", "8", "--gpu-memory-utilization", "0.3", "--block-size", "32",
+               "--additional-config", json.dumps({"vllm_steer": {"tree": [2] + [1] * (args.k - 1)}}),
                "--worker-extension-cls", "vllm_steer.serving.scale.Switch", *args.args)  # fmt: skip
     spec = {"model": str(args.drafter), "num_speculative_tokens": args.k}
     with tempfile.TemporaryDirectory() as name:

@@ -179,6 +179,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=96, help="prompts used")
     parser.add_argument("--kv-blocks", type=int, default=48, help="KV blocks of 32 tokens in all")
     parser.add_argument("--k", type=int, default=5, help="drafts per block")
+    parser.add_argument("--tree", help="draft trees: children of every node by depth, e.g. 4,1,1,1,1 (--k 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.add_argument("--stock", action="store_true", help="do not steer")
@@ -186,6 +187,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    from vllm_steer.common.tree_shape import TreeShape
     from vllm_steer.data.prompts import encode_prompt, read_prompts
     from vllm_steer.drafters.tokenizer import read_tokenizer
 
@@ -194,7 +196,9 @@ def main() -> int:
     prompts = [encode_prompt(tokenizer, prompt.prompt, tools=prompt.tools) for prompt in found]
     common = ("--served-model-name", "model", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
               "--gpu-memory-utilization", "0.3", "--block-size", "32", *args.args)  # fmt: skip
-    tiny = ("--num-gpu-blocks-override", str(args.kv_blocks), "--max-num-seqs", "8")
+    tiny = ["--num-gpu-blocks-override", str(args.kv_blocks), "--max-num-seqs", "8"]
+    if args.tree:
+        tiny += ["--additional-config", json.dumps({"vllm_steer": {"tree": list(TreeShape.parse(args.tree).widths)}})]
     with tempfile.TemporaryDirectory() as folder:
         env = server_env(args.runner, Path(folder))
         with serve(args.target, Path(folder) / "alone.log", *common, env=env) as server:

@@ -137,11 +137,31 @@ def check_rows(device: str, requests: int) -> float:
             kernels.steer_window(entry, *there, table.to(device), window, found if window else None)
             wrong += int((entry.cpu() != (wanted if window else 0)).sum())
         wrong += sum(int((mine.cpu() != right).sum()) for mine, right in zip(found[:3], counted[0][:3], strict=True))
-    entry.fill_(-1)
-    kernels.steer_drafts(entry, requests)
-    wanted = torch.zeros_like(wanted)
-    wanted[:requests] = torch.arange(1, requests + 1)
-    return float(wrong + int((entry.cpu() != wanted).sum()))
+    for each in (1, 4):
+        entry.fill_(-1)
+        kernels.steer_drafts(entry, requests, each)
+        wanted = torch.zeros_like(wanted)
+        rows = torch.arange(1, requests + 1).repeat_interleave(each)[: len(wanted)]
+        wanted[: len(rows)] = rows
+        wrong += int((entry.cpu() != wanted).sum())
+    return float(wrong)
+
+
+def check_pages(device: str, pages: int) -> float:
+    """Copies of pages in three layers of two sizes, some of them onto themselves, against plain code."""
+    caches = [
+        torch.randn(pages, *shape, device=device).to(torch.float16) for shape in ((2, 8, 16), (2, 8, 16), (4, 999, 2))
+    ]
+    order = torch.randperm(pages)
+    source, to = order[: pages // 2].clone(), order[pages // 2 : 2 * (pages // 2)].clone()
+    to[::3] = source[::3]
+    wanted = [cache.cpu().index_copy(0, to, cache.cpu()[source]) for cache in caches]
+    words = [cache.stride(0) // 2 for cache in caches]
+    addresses = torch.tensor([cache.data_ptr() for cache in caches], device=device)
+    kernels.copy_pages(
+        addresses, torch.tensor(words, device=device), max(words), source.to(device), to.to(device, torch.int32)
+    )
+    return float(sum(int((cache.cpu() != right).sum()) for cache, right in zip(caches, wanted, strict=True)))
 
 
 def check_kernels(device: str, small: bool) -> dict[str, Any]:
@@ -163,7 +183,8 @@ def check_kernels(device: str, small: bool) -> dict[str, Any]:
                 passed &= value <= TOLERANCE[dtype]
     for requests in (1, 3, 40) if small else (1, 3, 64, 256, 1024):
         worst["rows"] = max(worst.get("rows", 0), check_rows(device, requests))
-    return {"checks_passed": passed and worst["rows"] == 0, "worst_error": worst}
+        worst["pages"] = max(worst.get("pages", 0), check_pages(device, 4 * requests))
+    return {"checks_passed": passed and worst["rows"] == worst["pages"] == 0, "worst_error": worst}
 
 
 # --- 2: a round ------------------------------------------------------------------------------------------------------

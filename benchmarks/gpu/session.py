@@ -63,6 +63,10 @@ def steps(pair: Path | None, out: Path) -> dict[str, Step]:
             ),
             vllm=True,
         ),
+        "trees": Step(
+            (f"{pytest}/gpu_trees.xml tests/engine/test_trees.py",),
+            vllm=True,
+        ),
         "cost": Step(
             (f"{python} {HERE}/cost.py {target} {drafter} --out {where}/gpu_cost.json",),
             vllm=True,

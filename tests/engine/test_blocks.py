@@ -97,6 +97,21 @@ def test_blocks_are_the_evaluators(runner: str, counters: Any) -> None:
             assert by_number == [accepted.count(n) for n in range(K + 1)]
 
 
+@RUNNERS
+def test_blocks_of_trees_are_counted_by_row(runner: str) -> None:
+    engine = Runner(runner, counted.__file__)
+    spec = {"model": str(PAIR / "steered"), "num_speculative_tokens": K}
+    keys = {"max_model_len": 512, "max_num_batched_tokens": 256}
+    tree = {"additional_config": {"vllm_steer": {"tree": [3, 1, 1, 1]}}}
+    out = engine.run(PAIR / "target", spec, calls()[:1], block_size=BLOCK, **keys, **tree)
+    engine.close()
+    assert out["error"] is None, f"{out['error']}\n{out['log'][-4000:]}"
+    call = out["calls"][0]
+    blocks, accepted = truth(call)
+    assert (total(call["steered"]), call["accepted"], sum(call["rows"])) == (blocks, accepted, blocks)
+    assert call["rows"][0] > call["rows"][1] > 0 and len(call["rows"]) == 3
+
+
 def test_v1_skips_drafting_at_the_end_of_the_context(counters: Any) -> None:
     """Its next step then verifies zeros nobody drafted: vLLM counts them, we do not."""
     call = counters("v1")[CALLS.index("to the end")]

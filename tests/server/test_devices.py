@@ -106,6 +106,22 @@ def assert_workers_agree(
 
 
 @pytest.mark.parametrize("on", ["tensor", pytest.param("tensor_v2", marks=pytest.mark.slow)], ids=["v1", "v2"])
+def test_trees_tensor_parallel(pair: Pair, on: str, request: pytest.FixtureRequest) -> None:
+    """Greedy and sampled: every rank chooses the same rows, and copies its own share of their pages."""
+    target, _, steered = pair
+    runner = request.getfixturevalue(on)
+    sampling = [{"max_tokens": 12}, {"max_tokens": 12, "temperature": 1.0, "seed": 4}, {"max_tokens": 12}]
+    keys = {"additional_config": {"vllm_steer": {"tree": [2] + [1] * (K - 1)}}, "max_num_batched_tokens": 256}
+    call = {"prompts": PROMPTS, "sampling": sampling}
+    single = run(runner, target, steered, call, **keys)
+    both = run(runner, target, steered, call, tensor_parallel_size=2, **keys)
+    assert both["tokens"] == single["tokens"]
+    (one,), workers = single["workers"], both["workers"]
+    assert len(workers) == 2 and all(worker["blocks"] == one["blocks"] for worker in workers)
+    assert all(len(drafts) == 2 * (K + 1) - 1 for blocks in one["blocks"] for _, drafts in blocks)
+
+
+@pytest.mark.parametrize("on", ["tensor", pytest.param("tensor_v2", marks=pytest.mark.slow)], ids=["v1", "v2"])
 def test_tensor_parallel(pair: Pair, on: str, request: pytest.FixtureRequest) -> None:
     target, plain, steered = pair
     runner = request.getfixturevalue(on)

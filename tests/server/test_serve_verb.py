@@ -36,6 +36,20 @@ def test_a_checkpoint_needs_nothing_else() -> None:
     assert words == [VLLM, "serve", TARGET, "--speculative-config", json.dumps(SPEC)]
 
 
+def test_a_tree_brings_its_depth_and_a_block_size_that_suits_it() -> None:
+    words = launch.command(STEERED, [], TARGET, tree="4,1,1")
+    assert json_options(words) == {
+        "--speculative-config": SPEC | {"num_speculative_tokens": 3},
+        "--additional-config": {"vllm_steer": {"tree": [4, 1, 1]}},
+    }
+    assert words[-2:] == ["--block-size", "32"]
+    assert "32" not in launch.command(STEERED, ["--block-size=16"], TARGET, tree="4,1,1")
+    both = launch.command(ADAPTER, ["--additional-config", '{"vllm_steer": {"scale": 2}}'], TARGET, DRAFTER, "2,1")
+    assert json_options(both)["--additional-config"] == {"vllm_steer": {"adapter": ADAPTER, "scale": 2, "tree": [2, 1]}}
+    with pytest.raises(SteeringError, match="the tree is '4;1', allowed are whole numbers with commas"):
+        launch.command(STEERED, [], TARGET, tree="4;1")
+
+
 def test_an_adapter_over_its_base_drafter() -> None:
     words = launch.command(ADAPTER, ["--enforce-eager"], TARGET, DRAFTER)
     assert json_options(words) == {

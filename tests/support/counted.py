@@ -61,6 +61,7 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
                     "unsteered": (after.unsteered - before.unsteered).tolist(),
                     "accepted": after.accepted - before.accepted,
                     "accepted_at": [b - a for a, b in zip(before.accepted_at, after.accepted_at, strict=True)],
+                    "rows": [b - a for a, b in zip(before.rows, after.rows, strict=True)],
                     "guides": after.guides - before.guides,
                     "norms": after.guide_norms - before.guide_norms,
                     "preempted": probe.preemptions(llm) - preempted,

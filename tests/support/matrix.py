@@ -1,6 +1,6 @@
 """Turn the tests' results into the feature matrix of docs/feature_matrix.md.
 
-    pytest -m "" --junitxml matrix.xml tests/{engine,server} -k "features or parity or lossless or switch"
+    pytest -m "" --junitxml matrix.xml tests/{engine,server} -k "features or parity or lossless or switch or trees"
     python tests/support/matrix.py matrix.xml                                 prints the table
     python tests/support/matrix.py matrix.xml --write docs/feature_matrix.md  puts it into the page
 
@@ -73,6 +73,34 @@ MATRIX: dict[str, object] = {
     "compiled (inductor on V1, eager backend on V2)": ["test_parity::test_compiled_drafts_are_the_same"],
 }
 
+_ALONE = ["test_trees::test_features_come_out_as_from_the_target_alone"]
+_SMALL = ["test_trees::test_a_small_kv_cache_and_the_end_of_the_context"]
+TREES: dict[str, object] = {  # the same features with draft trees; a feature that is not here is not tested with them
+    "chunked prefill": ["test_trees::test_trees_and_chains_in_one_batch"],
+    **dict.fromkeys(
+        ("prefix caching: cold, warm, full hit", "preemption and recompute", "sequences that fill the context"), _SMALL
+    ),
+    **dict.fromkeys(
+        (
+            *(f"structured output: {kind}" for kind in ("JSON schema", "regex", "grammar")),
+            *("logprobs, prompt logprobs", "stop strings", "min_tokens"),
+            "repetition, presence, frequency penalties",
+        ),
+        _ALONE,
+    ),
+    "n > 1, seeds": {"v1": ["test_trees::test_seeds"], "v2": ["test_trees::test_seeded_output_is_the_targets_own"]},
+    "sampling": {
+        "v1": ["test_trees::test_sampled_output_is_the_targets"],
+        "v2": ["test_trees::test_recursive_rejection"],
+    },
+    "probabilistic drafts": {
+        "v1": ["test_trees::test_sampled_output_is_the_targets[probabilistic]"],
+        "v2": ["test_trees::test_seeded_output_is_the_targets_own[probabilistic]"],
+    },
+    "LoRA on the target": ["test_trees::test_lora_on_the_target"],
+    "compiled (inductor on V1, eager backend on V2)": ["test_trees::test_compiled_rows_are_the_same"],
+}
+
 
 def read(path: Path) -> dict[str, list[tuple[str, str]]]:
     """A junit file as {"file::function": [(parameters, "" or why it skipped, or "FAILED")]}."""
@@ -112,12 +140,15 @@ def cell(wanted: object, runner: str, results: dict[str, list[tuple[str, str]]])
 
 
 def table(results: dict[str, list[tuple[str, str]]]) -> str:
-    lines = ["| feature | V1 | V2 | tests |", "|---|---|---|---|"]
+    lines = ["| feature | V1 | V2 | V1, trees | V2, trees | tests |", "|---|---|---|---|---|---|"]
     for feature, wanted in MATRIX.items():
+        trees = [cell(TREES[feature], r, results) if feature in TREES else "not tested" for r in RUNNERS]
         groups = wanted.values() if isinstance(wanted, dict) else [wanted]
         tests = [t for group in groups for t in (group[:1] if isinstance(group, tuple) else group)]
         files = ", ".join(sorted({f"`{t.partition('::')[0].removeprefix('test_')}`" for t in tests}))
-        lines.append(f"| {feature} | {' | '.join(cell(wanted, r, results) for r in RUNNERS)} | {files} |")
+        files += ", `trees`" if feature in TREES else ""
+        cells = [cell(wanted, r, results) for r in RUNNERS] + trees
+        lines.append(f"| {feature} | {' | '.join(cells)} | {files} |")
     return "\n".join(lines)
 
 

@@ -58,6 +58,7 @@ def count(
     *,
     max_tokens: int,
     k: int,
+    drafts: int | None = None,
     accepted: Sequence[int] = (),
     drafted: Sequence[int] = (),
     stopped: bool = False,
@@ -67,14 +68,15 @@ def count(
     Args:
         steps: tokens delivered by each engine step of the request, the prefill's first.
         max_tokens: only blocks that start before this many tokens count.
-        k: drafts per block; 0 without speculation.
+        k: drafts per block, of a tree its depth; 0 without speculation.
+        drafts: draft tokens per block by vLLM's count, of a tree those of all rows; None: k.
         accepted, drafted: vLLM's record of each step but the first: drafts accepted, also those after a stop token,
             and drafts verified. Empty if k is 0.
         stopped: whether the answer ended by itself (end of sequence), not by its length.
 
-    Raises SteeringError when they contradict each other: then a step was not a block of k drafts.
+    Raises SteeringError when they contradict each other: then a step was not a block of so many drafts.
     """
-    check(id, steps, accepted, drafted, k)
+    check(id, steps, accepted, drafted, k if drafts is None else drafts)
     blocks, start = [], steps[0]
     for tokens in steps[1:]:
         if start >= max_tokens:
@@ -85,25 +87,26 @@ def count(
     return Answer(id, category, tuple(blocks), bool(whole and blocks and k and stopped and accepted[-1] >= blocks[-1]))
 
 
-def check(id: str, steps: Sequence[int], accepted: Sequence[int], drafted: Sequence[int], k: int) -> None:
+def check(id: str, steps: Sequence[int], accepted: Sequence[int], drafted: Sequence[int], drafts: int) -> None:
     """Raise SteeringError unless the first step is the prefill's, and each other a block as vLLM recorded it."""
     why = None
     if not steps or steps[0] != 1:
         why = f"its first step delivered {steps[0] if steps else 0} tokens, not the one of the prefill"
-    elif k == 0 and any(tokens != 1 for tokens in steps):
+    elif drafts == 0 and any(tokens != 1 for tokens in steps):
         why = "a step without drafts delivered more than one token"
-    elif k and len(accepted) != len(steps) - 1:
+    elif drafts and len(accepted) != len(steps) - 1:
         why = f"{len(steps) - 1} steps after the prefill, but {len(accepted)} drafted blocks by vLLM's own count"
-    elif k and any(tokens != 1 + a for tokens, a in zip(steps[1:-1], accepted, strict=False)):
+    elif drafts and any(tokens != 1 + a for tokens, a in zip(steps[1:-1], accepted, strict=False)):
         why = "a step delivered another number of tokens than vLLM accepted"
-    elif k and accepted and steps[-1] > 1 + accepted[-1]:
+    elif drafts and accepted and steps[-1] > 1 + accepted[-1]:
         why = f"its last step delivered {steps[-1]} tokens of {accepted[-1]} accepted drafts and one"
-    elif any(n != k for n in drafted):
-        why = f"a block had {next(n for n in drafted if n != k)} drafts instead of {k}"
+    elif any(n != drafts for n in drafted):
+        why = f"a block had {next(n for n in drafted if n != drafts)} drafts instead of {drafts}"
     if why:
         raise SteeringError(
             f"the blocks of prompt {id!r} cannot be counted: {why}. Blocks are cut when max_num_batched_tokens is "
-            "below --batch times (k + 1): raise it in --engine, or lower --batch; leave out other options of --engine"
+            "below --batch times the drafts of a block and one: raise it in --engine, or lower --batch; leave out "
+            "other options of --engine"
         )
 
 

@@ -24,10 +24,12 @@ from typing import Any, TypedDict
 from vllm_steer.bench import block_counting
 from vllm_steer.common import provenance
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
+TREE_MARK = "@tree:"
 NONE = "none"  # the name of the contender without speculation
 WARM_UP = 16  # tokens
 
@@ -59,18 +61,29 @@ class Contender:
     name: str
     drafter: str | None = None
     adapter: str | None = None
+    tree: tuple[int, ...] | None = None  # children of every node by depth; None: chains
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER."""
+        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, either with @tree:W,W,... at its end."""
         name, equals, value = text.partition("=")
+        value, marked, widths = value.partition(TREE_MARK)
+        tree = TreeShape.parse(widths).widths if marked else None
         if not equals or not value or not re.fullmatch(r"[\w.-]+", name):
             raise SteeringError(
                 f"--drafters has {text!r}, allowed is NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with a name of letters, "
-                "digits and . _ -"
+                f"digits and . _ -, and {TREE_MARK}W,W,... at the end for draft trees"
             )
         adapter, plus, drafter = value.partition("+")
-        return cls(name, drafter, adapter) if plus and not Path(value).exists() else cls(name, value)
+        if plus and not Path(value).exists():
+            return cls(name, drafter, adapter, tree)
+        return cls(name, value, tree=tree)
+
+    def drafts(self, k: int) -> int:
+        """Draft tokens of a block of depth k, as vLLM counts them: for a tree those of all rows."""
+        if self.drafter is None:
+            return 0
+        return k if self.tree is None else TreeShape.of(self.tree).drafts
 
     @property
     def steering(self) -> Path | None:
@@ -98,7 +111,7 @@ class Contender:
             check_pair(SteeringConfig.read(steering / "config.json"), target, drafter)
         return drafter
 
-    def identity(self) -> dict[str, str | None]:
+    def identity(self) -> dict[str, Any]:
         """What is measured under the name: as typed, and by fingerprint."""
         steering = self.steering
         return {
@@ -106,7 +119,7 @@ class Contender:
             "adapter": self.adapter,
             "drafter_weights": provenance.fingerprint(self.drafter) if self.drafter else None,
             "steering_weights": provenance.fingerprint(steering) if steering else None,
-        }
+        } | ({"tree": list(self.tree)} if self.tree else {})
 
 
 def measure_in_a_process(contender: Contender, settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,8 +145,9 @@ def measure_in_a_process(contender: Contender, settings: Settings, prompts: list
 def main(job: str, result: str) -> None:
     """Read a job's file, write what `measure` finds or {"error": sentence}."""
     raw, settings, prompts = json.loads(Path(job).read_text(encoding="utf-8"))
+    contender = Contender(**raw | {"tree": raw["tree"] and tuple(raw["tree"])})
     try:
-        found = measure(Contender(**raw), settings, prompts)
+        found = measure(contender, settings, prompts)
     except Exception as error:  # whatever vLLM raises is reported by the process that waits for this one
         if not isinstance(error, SteeringError):
             traceback.print_exc()
@@ -164,6 +178,7 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
         max_model_len=settings["max_model_len"],
         seed=settings["seed"],
         options=settings["engine"],
+        tree=contender.tree,
     )
     try:
         own = probe.own_sampling(llm) if settings["sampling"] == "served" else {}
@@ -210,11 +225,13 @@ def _run(
         "temperature": temperature,
         "clock": dataclasses.asdict(clock),
         "drafting_share": _drafting_share(llm, ids[:batch], common) if k else None,
-        "answers": [_count(prompt, d, most, k) for prompt, d in zip(prompts, deliveries, strict=True)],
+        "answers": [
+            _count(prompt, d, most, k, contender.drafts(k)) for prompt, d in zip(prompts, deliveries, strict=True)
+        ],
     }
 
 
-def _count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int) -> dict[str, Any]:
+def _count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int, drafts: int) -> dict[str, Any]:
     """One answer for the record: its blocks, and a digest of its first `max_tokens` tokens."""
     answer = block_counting.count(
         prompt["id"],
@@ -222,6 +239,7 @@ def _count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int) -> di
         delivery.steps,
         max_tokens=max_tokens,
         k=k,
+        drafts=drafts,
         accepted=delivery.accepted,
         drafted=delivery.drafted,
         stopped=delivery.finish == "stop",

@@ -20,11 +20,13 @@ from typing import Any
 from vllm_steer.bench import block_counting, conditions, report, summary
 from vllm_steer.bench.candidate import NONE, Contender, Settings, measure_in_a_process
 from vllm_steer.common import options, provenance
+from vllm_steer.common.engine_options import for_trees
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.common.redaction import redact
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.data.generate import SAMPLING
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config, text_config
@@ -50,7 +52,8 @@ class BenchConfig:
     target: str | None = option(None, "target model: hub id or directory", type=str)
     drafters: tuple[str, ...] = option(
         (),
-        "drafters to measure, NAME=DRAFTER (plain or steered) or NAME=ADAPTER+DRAFTER",
+        "drafters to measure, NAME=DRAFTER (plain or steered) or NAME=ADAPTER+DRAFTER; with @tree:W,W,... at the end, "
+        "the children of every node by depth, it drafts trees (docs/trees.md)",
         nargs="+",
         type=str,
         metavar="NAME=DRAFTER",
@@ -103,7 +106,16 @@ class BenchConfig:
         names = [NONE, *(contender.name for contender in self.contenders if contender.drafter)]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SteeringError(f"--drafters has the name {min(twice)!r} twice, or it is {NONE!r}: give each its own")
+        self._check_trees()
         self.engine_options, self.template_options  # noqa: B018 - refuses what is not usable
+
+    def _check_trees(self) -> None:
+        for contender in self.contenders:
+            if contender.tree is not None and len(contender.tree) != self.k:
+                raise SteeringError(
+                    f"--drafters has {contender.name} with a tree {len(contender.tree)} deep, --k is {self.k}: give "
+                    "both the same length"
+                )
 
     @property
     def contenders(self) -> list[Contender]:
@@ -226,7 +238,8 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     lengths = [n for m in models if (n := getattr(text_config(m), "max_position_embeddings", None))]
     room = config.max_model_len or min([*lengths, LONGEST])
     # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
-    most = room - block_counting.tokens_to_ask(config.max_tokens, config.k) - 2 * (config.k + 1)
+    drafts = max(contender.drafts(config.k) for contender in config.contenders)
+    most = room - block_counting.tokens_to_ask(config.max_tokens, config.k) - max(2 * (drafts + 1), _rows(config))
     assert config.target is not None
     tokenizer, template = read_tokenizer(config.target), config.template_options
     kept: list[dict[str, Any]] = []
@@ -251,6 +264,12 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
             "prompt; raise --max-model-len or lower --max-tokens"
         )
     return kept, dropped, room
+
+
+def _rows(config: BenchConfig) -> int:
+    """Slots of the KV cache that the rows of the largest tree need after the last token; 0 without trees."""
+    block = ({"block_size": 16} | for_trees() | config.engine_options)["block_size"]
+    return max(TreeShape.of(c.tree).lookahead(block) if c.tree else 0 for c in config.contenders)
 
 
 def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> Settings:

@@ -15,9 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vllm_steer.common.engine_options import for_trees
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.options import json_object
 from vllm_steer.common.redaction import redact_words
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
@@ -41,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter", help="drafter to steer, for an adapter or in place of the one in DIR (default: the recorded one)"
     )
+    parser.add_argument(
+        "--tree",
+        metavar="W,W,...",
+        help="draft trees: children of every node by depth, e.g. 4,1,1,1,1 (default: chains); docs/trees.md says when",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
     parser.epilog = (parser.epilog or "") + (
         "\n\neverything else goes to vLLM as it is, and wins over what the checkpoint says: -tp 2,\n"
@@ -50,13 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`vllm-steer serve`: print the command, then replace this process with it."""
-    words = command(args.directory, args.rest, args.target, args.drafter)
+    words = command(args.directory, args.rest, args.target, args.drafter, args.tree)
     print(shlex.join(words if args.dry_run else redact_words(words, paths=True)), flush=True)
     if not args.dry_run:
         os.execv(words[0], words)
 
 
-def command(directory: str, rest: list[str], target: str | None = None, drafter: str | None = None) -> list[str]:
+def command(
+    directory: str, rest: list[str], target: str | None = None, drafter: str | None = None, tree: str | None = None
+) -> list[str]:
     """The words of the `vllm serve` that serves a checkpoint; `rest` are vLLM's options as typed.
 
     Raises SteeringError when target and drafter are not known, or do not fit the checkpoint: by their configs, no
@@ -71,13 +80,25 @@ def command(directory: str, rest: list[str], target: str | None = None, drafter:
     target, target_config = target_of(config, target)
     base, drafter_config = drafter_of(directory, folder, config, spec.get("model"))
     check_pair(config, target_config, drafter_config)
-    options = ["--speculative-config", json.dumps(speculative(config, base) | spec)]
     additional = given[ADDITIONAL]
+    if tree is not None:
+        shape = TreeShape.parse(tree)
+        spec.setdefault("num_speculative_tokens", shape.depth)
+        merge(additional, {"vllm_steer": {"tree": list(shape.widths)}})
+        rest = _with_block_size(rest)
+    options = ["--speculative-config", json.dumps(speculative(config, base) | spec)]
     if base != directory:
         merge(wanted := {"vllm_steer": {"adapter": directory}}, additional)
         additional = wanted
     options += ["--additional-config", json.dumps(additional)] if additional else []
     return [*vllm_command(target), *options, *rest]
+
+
+def _with_block_size(words: list[str]) -> list[str]:
+    """vLLM's options as typed, and a block size for draft trees where none is among them."""
+    if any(word.partition("=")[0].replace("_", "-") == "--block-size" for word in words):
+        return words
+    return [*(w for name, value in for_trees().items() for w in (f"--{name.replace('_', '-')}", str(value))), *words]
 
 
 def speculative(config: SteeringConfig, drafter: str) -> dict[str, Any]:

@@ -70,15 +70,16 @@ def require_states(model: str) -> str:
     return get_model_cls(config).__name__
 
 
-def rehearse(target: str, speculative: dict[str, Any], adapter: str | None, **engine: Any) -> VllmConfig:
-    """The configuration `vllm serve` would build in its front end; `engine` are EngineArgs that are not None.
+def rehearse(target: str, speculative: dict[str, Any], ours: dict[str, Any], **engine: Any) -> VllmConfig:
+    """The configuration `vllm serve` would build in its front end; `engine` are EngineArgs that are not None, `ours` is
+    this plugin's part of additional_config.
 
     Raises SteeringError with the sentence of whatever refuses it, vLLM or this plugin.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    additional = {plan.OPTIONS: {"adapter": adapter}} if adapter else {}
+    additional = {plan.OPTIONS: ours} if ours else {}
     asked = {key: value for key, value in engine.items() if value is not None}
 
     def build() -> VllmConfig:

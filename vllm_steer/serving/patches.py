@@ -98,6 +98,7 @@ def _tree_seams(runner: str, module: str, places: dict[str, str]) -> list[Seam]:
             remove_when="vLLM serves draft trees",
             runner=runner,
             required=False,
+            trees=True,
         )
         for place, function in places.items()
     ]
@@ -259,6 +260,7 @@ SEAMS = (
         why="the rows of a draft tree write to pages of their own, which are lookahead to the scheduler",
         remove_when="vLLM asks the drafter how much lookahead it needs",
         required=False,
+        trees=True,
     ),
     *_tree_seams(
         "v1",

@@ -20,6 +20,7 @@ PLAN = "vllm_steer_plan"
 TREE = "vllm_steer_tree"  # in the draft model's config too, of steered and of plain drafters
 OP_VERSION = 2  # raise when the injected computation changes: it salts the compile caches
 MAX_SCALE = 100
+TREE_VERIFICATIONS = ("coupled", "recursive")
 OPTIONS = "vllm_steer"  # key in vLLM's --additional-config
 
 
@@ -33,6 +34,7 @@ class Options:
     draft_graphs: bool = False  # V2: replay the drafter's decode passes as CUDA graphs
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
     tree: list[int] | None = None  # children of every node by depth, in place of a chain of drafts
+    tree_verification: str = "coupled"  # of sampled drafts, or "recursive"
 
     @classmethod
     def read(cls, additional: Any) -> Options:
@@ -67,6 +69,11 @@ class Options:
                     "up, the children of every node by depth, e.g. [4, 1, 1]"
                 )
             TreeShape.of(self.tree)
+        if self.tree_verification not in TREE_VERIFICATIONS:
+            raise SteeringError(
+                f"additional-config {OPTIONS}: tree_verification is {self.tree_verification!r}, allowed are "
+                f"{' and '.join(TREE_VERIFICATIONS)}"
+            )
 
 
 class Written(dict):
@@ -139,6 +146,11 @@ def tree_of(vllm_config: VllmConfig) -> TreeShape | None:
     """The tree an engine drafts, as `prepare` admitted it; None: it drafts chains."""
     found = getattr(getattr(draft_model(vllm_config), "hf_config", None), TREE, None)
     return TreeShape.of(found["widths"]) if isinstance(found, Written) and found else None
+
+
+def rejects_recursively(vllm_config: VllmConfig) -> bool:
+    """Whether the sampled drafts of an engine's trees are verified by recursive rejection sampling."""
+    return Options.read(vllm_config.additional_config).tree_verification == "recursive"
 
 
 def filters_drafts(vllm_config: VllmConfig) -> bool:

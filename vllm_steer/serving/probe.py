@@ -56,17 +56,18 @@ def open_engine(
     max_model_len: int,
     seed: int,
     options: dict[str, Any],
+    tree: Sequence[int] | None = None,
 ) -> LLM:
     """An engine to be measured; without a drafter it does not speculate.
 
-    `sampled`: whether a request may have a temperature above 0. `options` are further ones of vLLM's.
+    `sampled`: whether a request may have a temperature above 0. `options` are further ones of vLLM's. `tree`: children
+    of every node by depth, k deep; None: chains.
     """
-    options = dict(options)
-    if adapter is not None:
+    options = (engine_options.for_trees() if tree is not None else {}) | options
+    ours = {"adapter": adapter, "tree": None if tree is None else list(tree)}
+    if ours := {key: value for key, value in ours.items() if value is not None}:
         additional = options.get("additional_config", {})
-        options["additional_config"] = additional | {
-            "vllm_steer": additional.get("vllm_steer", {}) | {"adapter": adapter}
-        }
+        options["additional_config"] = additional | {"vllm_steer": additional.get("vllm_steer", {}) | ours}
     if sampled:
         options = engine_options.for_sampling() | options
     if drafter is not None:

@@ -13,7 +13,7 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving import patching
 from vllm_steer.serving.kill_switch import KILL_SWITCH
-from vllm_steer.serving.plan import TREE, Written, tree_of
+from vllm_steer.serving.plan import TREE, Options, Written, rejects_recursively, tree_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +36,13 @@ def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
         raise SteeringError(
             f"the tree {widths} is {shape.depth} deep and num_speculative_tokens is {k}: give both the same length"
         )
-    patching.require(v2=_v2(vllm_config))
+    if rejects_recursively(vllm_config) and spec.draft_sample_method != "probabilistic":
+        raise SteeringError(
+            f"tree_verification is 'recursive' and draft_sample_method {spec.draft_sample_method!r}: only drafts that "
+            "are sampled can be rejected recursively; give draft_sample_method 'probabilistic', or drop "
+            "tree_verification"
+        )
+    patching.require(v2=_v2(vllm_config), trees=True)
     _refuse_unsupported(vllm_config)
     _require_room(vllm_config, shape)
     setattr(spec.draft_model_config.hf_config, TREE, Written(widths=list(widths)))
@@ -83,7 +89,7 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         "hybrid or state-space models": any(each.is_hybrid or each.is_attention_free for each in models),
         "sliding windows": any(each.get_sliding_window() is not None for each in models),
         "custom logits processors": bool(getattr(model, "logits_processors", None)),
-        "draft graphs (vllm_steer: draft_graphs)": _draft_graphs(vllm_config),
+        "draft graphs (vllm_steer: draft_graphs)": Options.read(vllm_config.additional_config).draft_graphs,
     }
     for name, asked in refused.items():
         if asked:
@@ -91,11 +97,6 @@ def _refuse_unsupported(vllm_config: Any) -> None:
                 f"draft trees do not work with {name} yet: turn that off, drop the tree (then a chain is drafted), or "
                 f"set {KILL_SWITCH}=1"
             )
-
-
-def _draft_graphs(vllm_config: Any) -> bool:
-    found = vllm_config.additional_config.get("vllm_steer", {})
-    return bool(found.get("draft_graphs"))
 
 
 def _require_room(vllm_config: Any, shape: TreeShape) -> None:
@@ -106,12 +107,12 @@ def _require_room(vllm_config: Any, shape: TreeShape) -> None:
             f"tokens for vLLM, which verifies {MOST_DRAFTS} at most: give a smaller tree"
         )
     rows = scheduler.max_num_seqs * shape.leaves
-    if rows > scheduler.max_num_batched_tokens:
+    if rows >= scheduler.max_num_batched_tokens:
         raise SteeringError(
-            f"a full batch of max_num_seqs {scheduler.max_num_seqs} requests drafts {rows} rows at a time, more than "
-            f"max_num_batched_tokens {scheduler.max_num_batched_tokens}: lower --max-num-seqs to "
-            f"{scheduler.max_num_batched_tokens // shape.leaves}, raise --max-num-batched-tokens, or give a smaller "
-            "tree"
+            f"a full batch of max_num_seqs {scheduler.max_num_seqs} requests drafts {rows} rows at a time, allowed are "
+            f"less than max_num_batched_tokens {scheduler.max_num_batched_tokens}: lower --max-num-seqs to "
+            f"{(scheduler.max_num_batched_tokens - 1) // shape.leaves}, raise --max-num-batched-tokens, or give a "
+            "smaller tree"
         )
     block, length = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     if block is not None and shape.lookahead(block) >= length:

@@ -207,6 +207,8 @@ GOOD = {"prompts": "p.jsonl", "output": "out", "target": "t", "drafters": ("plai
         ({"drafters": ("a",)}, "allowed is NAME=DRAFTER"),
         ({"drafters": ("a b=c",)}, "with a name of letters"),
         ({"drafters": ()}, "nothing to measure"),
+        ({"drafters": ("a=b@tree:4,1",), "k": 5}, "a with a tree 2 deep, --k is 5: give both the same length"),
+        ({"drafters": ("a=b@tree:x",)}, "the tree is 'x', allowed are whole numbers with commas"),
         ({"target": None}, "nothing to measure"),
         ({"engine": "{"}, "--engine is not valid JSON"),
         ({"engine": "[]"}, "allowed is a JSON object"),
@@ -224,6 +226,9 @@ def test_options_that_make_no_sense(change: dict[str, Any], why: str) -> None:
 def test_contenders(tmp_path: Path) -> None:
     assert Contender.parse("a=x/y") == Contender("a", "x/y", None)
     assert Contender.parse("a=ad/x+base") == Contender("a", "base", "ad/x")
+    assert Contender.parse("a=x/y@tree:4,1") == Contender("a", "x/y", None, (4, 1))
+    assert Contender.parse("a=ad/x+base@tree:2,2") == Contender("a", "base", "ad/x", (2, 2))
+    assert [Contender.parse(f"a=x{mark}").drafts(2) for mark in ("", "@tree:4,1")] == [2, 11]
     (tmp_path / "c++").mkdir()
     assert Contender.parse(f"a={tmp_path}/c++").adapter is None, "a directory of that name is meant"
     assert [c.name for c in BenchConfig(**GOOD | {"none": True}).contenders] == ["none", "plain"]

@@ -318,6 +318,15 @@ def test_front_end_speaks_with_vllms_words() -> None:
     assert found["memory"] == Finding("memory", SKIPPED, "vLLM did not accept the pair")
 
 
+def test_a_tree_is_rehearsed_too() -> None:
+    found = examined(checkpoint=STEERED, target=TARGET, tree="4,1,1,1,1")["draft tree"]
+    assert found.status == OK and "4 rows of 6 tokens" in found.seen and "256 slots" in found.seen
+    assert examined(checkpoint=STEERED, target=TARGET, tree="8,1,1,1,1")["draft tree"].status == WARNING
+    refused = examined(checkpoint=STEERED, target=TARGET, tree="64,1,1,1,1")
+    assert refused["front end"].status == FAIL and "give a smaller tree" in refused["front end"].seen
+    assert "draft tree" not in examined(checkpoint=STEERED, target=TARGET)
+
+
 def test_memory_is_what_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, width = CONFIG.steered_layers, CONFIG.projection_size
     plan = Plan(STEERED, None, 1.0, layers, width, max_num_seqs=16, max_rows=2064, draft_length=CONFIG.draft_length)

@@ -60,7 +60,7 @@ def test_steps_that_cannot_run_are_skipped_by_name(
     monkeypatch.setattr(sys, "argv", ["session.py", "cots", "--out", str(tmp_path)])
     with pytest.raises(SystemExit):
         session.main()
-    assert "unknown step cots; allowed are kernels, parity, cost, train" in capsys.readouterr().err
+    assert "unknown step cots; allowed are kernels, parity, trees, cost, train" in capsys.readouterr().err
 
 
 def test_a_step_is_written_down_and_stops_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

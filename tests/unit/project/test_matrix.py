@@ -33,7 +33,8 @@ def run(monkeypatch: pytest.MonkeyPatch, rows: dict, *arguments: str) -> None:
 
 
 def test_every_test_of_the_matrix_exists() -> None:
-    for wanted in matrix.MATRIX.values():
+    assert set(matrix.TREES) <= set(matrix.MATRIX)
+    for wanted in (*matrix.MATRIX.values(), *matrix.TREES.values()):
         for group in wanted.values() if isinstance(wanted, dict) else [wanted]:
             for test in group[:1] if isinstance(group, tuple) else group:
                 file, _, function = test.partition("[")[0].partition("::")
@@ -45,11 +46,12 @@ def test_a_cell_is_the_worst_of_its_tests(results: Path, tmp_path: Path, monkeyp
     readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
     rows = {"one": ["test_a::test_fine[k]"], "two": ["test_a::test_fine", "test_a::test_mixed"]}
     rows["three"] = {"v1": ("test_a::test_fine", "because"), "v2": ["test_a::test_fine"]}
+    monkeypatch.setattr(matrix, "TREES", {"one": ["test_a::test_mixed"]})
     run(monkeypatch, rows, str(results), "--write", str(readme))
     text = readme.read_text()
-    assert "| one | works | works | `a` |" in text
-    assert "| two | **fails** | not testable here: no GPU | `a` |" in text
-    assert "| three | refused: because | works | `a` |" in text
+    assert "| one | works | works | **fails** | not testable here: no GPU | `a`, `trees` |" in text
+    assert "| two | **fails** | not testable here: no GPU | not tested | not tested | `a` |" in text
+    assert "| three | refused: because | works | not tested | not tested | `a` |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
+from vllm_steer.common.engine_options import for_trees
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
@@ -24,6 +26,7 @@ from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
 TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
 MIB = 2**20
+WIDE_BLOCK = 32  # tokens in a block of the KV cache, above which the rows of a tree reserve too many
 MEMORY_SHARE = 0.1  # share of a device's memory above which to warn
 INSTALL = f"install vLLM {patching.WORKS_WITH}: pip install 'vllm-steer[gpu]', or [cpu]"
 
@@ -207,10 +210,18 @@ def hidden_states(case: Case) -> Iterable[Finding]:
 
 def front_end(case: Case) -> Iterable[Finding]:
     """vLLM and the plugin accept the whole configuration, as they would be asked by `vllm-steer serve`."""
+    speculation, ours = speculative(case.config, case.drafter), {}
+    if case.drafter != case.checkpoint:
+        ours["adapter"] = case.checkpoint
+    more: dict[str, Any] = {}
+    if case.tree is not None:
+        shape = TreeShape.parse(case.tree)
+        speculation["num_speculative_tokens"], ours["tree"], more = shape.depth, list(shape.widths), for_trees()
     case.engine = introspection.rehearse(
         case.target,
-        speculative(case.config, case.drafter),
-        case.checkpoint if case.drafter != case.checkpoint else None,
+        speculation,
+        ours,
+        **more,
         tensor_parallel_size=case.tensor_parallel_size,
         max_num_seqs=case.max_num_seqs,
         max_model_len=case.max_model_len,
@@ -222,6 +233,23 @@ def front_end(case: Case) -> Iterable[Finding]:
         yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner; unsteered: {KILL_SWITCH}")
     else:
         yield Finding("front end", FAIL, "vLLM accepts the pair and does not steer it", "see plugin and seams above")
+
+
+def draft_tree(case: Case) -> Iterable[Finding]:
+    """What the rows of a draft tree take, if one was asked for; what refuses it is the front end's to say."""
+    if case.tree is None:
+        return
+    shape, block = TreeShape.parse(case.tree), case.engine.cache_config.block_size
+    slots, length = shape.lookahead(block), case.engine.model_config.max_model_len
+    seen = f"{shape.leaves} rows of {shape.depth + 1} tokens to verify for each request, {slots} slots of its KV cache "
+    seen += f"beyond its tokens, at a block size of {block}"
+    if block > WIDE_BLOCK:
+        yield Finding("draft tree", WARNING, seen, f"--block-size {WIDE_BLOCK} or 16 reserves less")
+    elif slots > length / 4:
+        remedy = "give a smaller tree, or a longer --max-model-len: near its end a chain is drafted"
+        yield Finding("draft tree", WARNING, f"{seen}, of a context of {length}", remedy)
+    else:
+        yield Finding("draft tree", OK, seen)
 
 
 def draft_launches(case: Case) -> Iterable[Finding]:

@@ -52,6 +52,7 @@ def all_checks() -> list[tuple[str, Check, tuple[str, ...]]]:
         ("tensor parallel", checks.tensor_parallel, ("config",)),
         ("hidden states", checks.hidden_states, ("target_config", "vllm")),
         ("front end", checks.front_end, (*PAIR, "vllm")),
+        ("draft tree", checks.draft_tree, ("engine",)),
         ("draft launches", checks.draft_launches, ("engine",)),
         ("memory", checks.memory, ("engine",)),
         ("server", server_checks.server, ("url",)),
@@ -110,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="steered checkpoint or adapter")
     parser.add_argument("--target", help="directory or hub id (default: the one recorded in the checkpoint)")
     parser.add_argument("--drafter", help="base drafter of an adapter (default: the one recorded in it)")
+    parser.add_argument("--tree", metavar="W,W,...", help="a draft tree to serve, as of `vllm-steer serve --tree`")
     parser.add_argument("--url", help="address of a running server to look at, too")
     for name, text in (
         ("max_num_seqs", "requests at once to plan memory for (default: vLLM's)"),

@@ -25,10 +25,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.serving.plan import rejects_recursively
 from vllm_steer.serving.spec_decode.verify_v1 import Verifier
 from vllm_steer.serving.trees.drafting import Growth
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.pages import Pages, pages_of
+from vllm_steer.serving.trees.recursive import Recursive
 
 ROWS: ContextVar[Rows | None] = ContextVar(
     "rows of the target pass whose attention metadata is being built", default=None
@@ -44,10 +46,10 @@ class TreeRounds:
         self._waiting = False  # it has not been verified yet
         self._proposer, self._runner = proposer, runner
         self._verifier = Verifier(
-            shape,
             runner.device,
-            coupled=proposer.speculative_config.draft_sample_method == "probabilistic",
+            sampled=proposer.speculative_config.draft_sample_method == "probabilistic",
             filtered=filters_drafts,
+            recursive=Recursive(shape) if rejects_recursively(proposer.vllm_config) else None,
         )
         self._hidden: Tensor | None = None  # of the first draft pass, [B, H]
         self._newest: Tensor | None = None  # [B], the position of what it was fed last
@@ -89,6 +91,8 @@ class TreeRounds:
         if self.rows is not None:
             given |= self._shown(self.rows, given)
             self._proposer._verified = self.rows.shown_drafts
+            if (injection := self._proposer.injection) is not None and injection.blocks is not None:
+                self.rows.count_winners(injection.blocks.rows)
         chain_of_one(**given | {"num_speculative_tokens": 1})
         self._proposer.num_speculative_tokens = self.shape.drafts
         metadata = given["common_attn_metadata"]
@@ -97,7 +101,7 @@ class TreeRounds:
         self._verifier.meet(self._runner.input_batch.req_ids, self._runner.requests)
         growth = Growth(
             self.shape, metadata.block_table_tensor[:requests], self._newest, self._proposer.block_size,
-            self._proposer.max_model_len, self._verifier.rank(given["sampling_metadata"]),
+            self._proposer.max_model_len, self._verifier.rank(given["sampling_metadata"], self._newest),
         )  # fmt: skip
         self._drafter.copy(*growth.forks)
         growth.grow(self._proposer.model.compute_logits(self._hidden))

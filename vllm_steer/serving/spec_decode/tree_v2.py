@@ -8,10 +8,6 @@ A round, in vLLM's order, and the seam (patches.py) by which each step comes her
     verify           RejectionSampler.__call__          the winner and what it says; its pages kept
     propose          our speculator                     the winner re-fed by vLLM's first pass, then passes of L rows
 
-V2 draws with noise of (seed, position, token), so what the target says at every node is known, and a draft is accepted
-where it equals that: the output is the target's own without a drafter, seed for seed. Drafts are the most probable
-tokens, or with draft_sample_method "probabilistic" take the target's noise too.
-
 Shape legend: B requests, L leaves, k depth, V vocabulary, N = L (k + 1) - 1 drafts.
 """
 
@@ -26,14 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
-from vllm.v1.worker.gpu.metrics.logits import get_num_nans
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
-from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.plan import tree_of
-from vllm_steer.serving.trees.drafting import Growth, Rank, greedy
+from vllm_steer.serving.spec_decode.verify_v2 import Verifier
+from vllm_steer.serving.trees.drafting import Growth
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.pages import Pages, pages_of
 from vllm_steer.serving.trees.requests import looks_back
@@ -48,9 +41,10 @@ class TreeRounds:
         self._runner: Any = None  # known from its first target pass on
         self._alone: set[str] = set()
         self._hidden: Tensor | None = None  # of the first draft pass, [B, H]
-        # vLLM's buffer for the draft distributions of a chain: trees are verified without.
-        self.coupled = speculator.speculative_config.draft_sample_method == "probabilistic"
-        speculator.draft_logits = None
+        self._verifier = Verifier(speculator, shape)
+        speculator.draft_logits = None  # vLLM's buffer for the draft distributions of chains
+        most = speculator.max_num_reqs * shape.leaves
+        self._begin = torch.arange(most + 1, dtype=torch.int32, device=speculator.device)
 
     # --- the target pass --------------------------------------------------------------------------------------------
 
@@ -75,39 +69,10 @@ class TreeRounds:
         return (rows.pages,)
 
     def verify(self, sampler: Any, logits: Tensor, batch: Any) -> Any:
-        """vLLM's SamplerOutput for a batch with trees; `sampler` is the RejectionSampler."""
-        rows, inner = batch.tree, sampler.sampler
-        at = batch.logits_indices
-        positions, states = batch.positions[at], inner.sampling_states
-        processed = inner.apply_sampling_params(
-            logits, batch.expanded_idx_mapping, batch.idx_mapping, batch.idx_mapping_np, positions, batch.input_ids[at],
-            batch.expanded_local_pos, batch.seq_lens_cpu_upper_bound.numpy(),
-        )  # fmt: skip
-        own = gumbel_sample(
-            processed, batch.expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, positions,
-            apply_temperature=False, is_drafting=False, use_fp64=inner.use_fp64_gumbel,
-        )  # fmt: skip
-        following = batch.input_ids[(at + 1).clamp(max=len(batch.input_ids) - 1)].long()
-        rows.choose(own, following)
-        kept = rows.kept()
-        num_nans = get_num_nans(logits) if inner.compute_nans else None
-        sampled, counts = _accept(rows, own[kept], following[kept], sampler.num_speculative_steps + 1)
-        cu, cu_np = rows.on.kept_begin.int(), rows.kept_begin
-        num_sampled, num_rejected = get_num_sampled_and_rejected(
-            counts, batch.seq_lens, batch.cu_num_logits, batch.idx_mapping, inner.req_states.prefill_len.gpu
-        )
-        shown = processed if inner.logprobs_mode.startswith("processed") else logits
-        logprobs = sampler._get_logprobs_tensors(
-            sampled, num_sampled, shown[kept], cu, cu_np, states.max_num_logprobs(batch.idx_mapping_np)
-        )
-        self._target.copy(*rows.commits())
-        return SamplerOutput(
-            sampled_token_ids=sampled,
-            logprobs_tensors=logprobs,
-            num_nans=num_nans,
-            num_sampled=num_sampled,
-            num_rejected=num_rejected,
-        )
+        """vLLM's SamplerOutput for a batch with trees, see `Verifier.verify`; the winners' pages are kept."""
+        found = self._verifier.verify(sampler, logits, batch, batch.tree)
+        self._target.copy(*batch.tree.commits())
+        return found
 
     # --- the draft round --------------------------------------------------------------------------------------------
 
@@ -149,8 +114,9 @@ class TreeRounds:
         newest = speculator.expanded_positions[speculator.last_token_indices[:n]].clone()
         table = speculator.block_tables.input_block_tables[0][:n]
         growth = Growth(
-            self.shape, table, newest, speculator.block_tables.block_sizes[0], speculator.max_model_len, self._rank(n)
-        )
+            self.shape, table, newest, speculator.block_tables.block_sizes[0], speculator.max_model_len,
+            self._verifier.rank(batch.req_ids, newest),
+        )  # fmt: skip
         self._drafter.copy(*growth.forks)
         growth.grow(speculator.compute_draft_logits(self._hidden, 0))
         for depth in range(1, self.shape.depth):
@@ -159,40 +125,19 @@ class TreeRounds:
         self._hidden = None
         return growth.paths
 
-    def _rank(self, requests: int) -> Rank:
-        if not self.coupled:
-            return greedy
-        speculator = self._speculator
-        states = speculator.idx_mapping[:requests]
-
-        def rank(logits: Tensor, width: int, rows: int, positions: Tensor) -> Tensor:
-            of, found, logits = states.repeat_interleave(rows), [], logits.float()
-            for _ in range(width):  # the noise is in the kernel: the next best is the best without those before it
-                best = gumbel_sample(
-                    logits, of, speculator.temperature, speculator.seeds, positions, apply_temperature=True,
-                    is_drafting=False, use_fp64=speculator.use_fp64_gumbel,
-                )  # fmt: skip
-                found.append(best)
-                logits = logits.scatter(1, best[:, None], -torch.inf)
-            return torch.stack(found, 1)
-
-        return rank
-
     def _pass(self, growth: Growth, batch: Any) -> Tensor:
         """Feed the newest token of every row; hidden states [B L, H]."""
         speculator, (positions, slot, length) = self._speculator, growth.step()
         n = len(positions)
-        bound = (batch.seq_lens_cpu_upper_bound[: batch.num_reqs] + 1 + self.shape.depth).clamp(
-            max=speculator.max_model_len
-        )
-        begin = torch.arange(n + 1, dtype=torch.int32)
+        bound = batch.seq_lens_cpu_upper_bound[: batch.num_reqs] + 1 + self.shape.depth
+        bound = bound.clamp(max=speculator.max_model_len)
         slot_mappings = slot[None]
         metadata = build_attn_metadata(
             attn_groups=speculator.attn_groups,
             num_reqs=n,
             num_tokens=n,
-            query_start_loc_gpu=begin.to(slot.device, non_blocking=True),
-            query_start_loc_cpu=begin,
+            query_start_loc_gpu=self._begin[: n + 1],
+            query_start_loc_cpu=torch.arange(n + 1, dtype=torch.int32),
             max_query_len=1,
             seq_lens=length,
             max_seq_len=speculator.max_model_len,
@@ -220,22 +165,6 @@ class TreeRounds:
         drafts = self._speculator.draft_attn_layer_names
         layers = self._speculator.vllm_config.compilation_config.static_forward_context
         return pages_of(layers, self._speculator.kv_cache_config, lambda name: (name in drafts) != target)
-
-
-def _accept(rows: Rows, own: Tensor, following: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """What is said along the chains that are shown: tokens [B, width], of which the first counts [B] hold.
-
-    Args:
-        own, following: [kept] the target's token, and the draft, after each token of the chains.
-    """
-    begin, end = rows.on.kept_begin[:-1], rows.on.kept_begin[1:]
-    column = torch.arange(width, device=own.device)
-    index = begin[:, None] + column
-    inside = index < end[:, None]
-    index = index.clamp(max=len(own) - 1)
-    said = torch.where(inside, own[index], 0)
-    agreed = inside & (index < end[:, None] - 1) & (said == following[index])
-    return said, agreed.long().cumprod(1).sum(1).int() + 1
 
 
 class Treed:
@@ -266,6 +195,9 @@ class Treed:
         """As vLLM's: drafts [B, N]. Dummy runs, which have no pages, draft a chain."""
         self._dummy = dummy_run
         if not dummy_run:
+            injection, rows = getattr(self, "injection", None), getattr(input_batch, "tree", None)
+            if injection is not None and injection.blocks is not None and rows is not None:
+                rows.count_winners(injection.blocks.rows)
             input_batch, aux_hidden_states, num_rejected = self.tree.shown(input_batch, aux_hidden_states, num_rejected)
         rest = (last_hidden_states, aux_hidden_states, num_sampled, num_rejected, last_sampled, *args)
         drafts = super().propose(  # type: ignore[misc]

@@ -4,7 +4,8 @@ At temperature 0 the row that agrees longest with the target's argmax is vLLM's 
 temperatures the target's token at every node is drawn with noise of (seed, position, token), the same in all rows, and
 a draft is accepted where it equals that: every token is a draw from the target's own distribution. Drafts are the most
 probable tokens, or with draft_sample_method "probabilistic" the first ones under the same noise (coupled draws,
-decoding/verification.py).
+decoding/verification.py). With tree_verification "recursive" they are drawn under noise of their own, and verified by
+recursive rejection sampling (trees/recursive.py).
 
 Shape legend: B requests, k depth, V vocabulary.
 """
@@ -21,20 +22,21 @@ from torch import Tensor
 from vllm.v1.sample.rejection_sampler import apply_sampling_constraints
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.sampling.draft_filters import cut
 from vllm_steer.serving.trees.drafting import Rank, greedy
 from vllm_steer.serving.trees.layout import Rows, to_device
 from vllm_steer.serving.trees.noise import gumbel
+from vllm_steer.serving.trees.recursive import DRAFTS, Recursive
 from vllm_steer.serving.trees.requests import looks_back
 
 
 class Verifier:
     """Verifies the trees of an engine, and ranks drafts by the same noise."""
 
-    def __init__(self, shape: TreeShape, device: torch.device, coupled: bool, filtered: bool):
-        """`coupled` drafts take the target's noise; `filtered` ones follow the request's top-k and top-p."""
-        self._shape, self._device, self._coupled, self._filtered = shape, device, coupled, filtered
+    def __init__(self, device: torch.device, sampled: bool, filtered: bool, recursive: Recursive | None):
+        """Drafts are `sampled`, under the target's noise or for recursive rejection, or are the most probable tokens;
+        `filtered` ones follow the request's top-k and top-p."""
+        self._device, self._sampled, self._filtered, self._recursive = device, sampled, filtered, recursive
         self._looks_back: dict[str, bool] = {}
         self._seeds: dict[str, int] = {}
         self._batch: Sequence[str] = ()
@@ -67,9 +69,13 @@ class Verifier:
         """
         following = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
         following[metadata.target_logits_indices.long()] = metadata.draft_token_ids.long()
-        processed = self._processed(rows, positions, logits, sampling)
-        own = processed.argmax(-1)
-        agreed = rows.choose(own, following)
+        processed = self._processed(rows, logits, sampling)
+        own = processed.argmax(-1) if sampling.all_greedy else self._own(rows, processed, positions, sampling)
+        agreed, said = rows.choose(own, following), None
+        if self._recursive is not None and not sampling.all_greedy:
+            winner, said, accepted = self._recursive.walk(rows, self._batch, processed, following, self._seed_table())
+            rows.let_win(winner, self._drawn(rows, sampling))
+            agreed = torch.where(self._drawn(rows, sampling), accepted, agreed)
         kept = rows.kept()
         chain = _chain(rows, metadata, following[kept], kept)
         if (
@@ -80,7 +86,10 @@ class Verifier:
         found = verdict(chain, None, logits[kept], sampling)
         if sampling.all_greedy:
             return found
-        ids = self._drawn(rows, own, agreed, sampling, found.sampled_token_ids)
+        ids = found.sampled_token_ids
+        said = (rows.said(own) if said is None else said).to(ids.dtype)
+        said = torch.where(torch.arange(said.shape[1], device=own.device) <= agreed[:, None], said, -1)
+        ids = torch.where(self._drawn(rows, sampling)[:, None], said, ids)
         if sampling.max_num_logprobs is None:
             return replace(found, sampled_token_ids=ids)
         shown = processed[kept] if sampler.is_processed_logprobs_mode else logits[kept].float()
@@ -90,33 +99,36 @@ class Verifier:
         )
         return replace(found, sampled_token_ids=ids, logprobs_tensors=logprobs)
 
-    def _processed(self, rows: Rows, positions: Tensor, logits: Tensor, sampling: Any) -> Tensor:
-        """Logits of which the largest is what the target says, [logits, V], of requests that do not look back."""
+    def _processed(self, rows: Rows, logits: Tensor, sampling: Any) -> Tensor:
+        """Logits [logits, V] by the temperature and the filters of each request, if it does not look back."""
         of = rows.on.request_of_logit
         if sampling.allowed_token_ids_mask is not None:
             logits = logits.masked_fill(sampling.allowed_token_ids_mask[of], -torch.inf)
         if sampling.all_greedy:
             return logits
-        scaled = apply_sampling_constraints(logits.float().clone(), rows.on.logits_end.int(), sampling)
-        noise = gumbel(self._seed_table()[of], positions, logits.shape[-1])
-        return scaled + torch.where(sampling.temperature[of, None] > 0, noise, 0)
+        return apply_sampling_constraints(logits.float().clone(), rows.on.logits_end.int(), sampling)
 
-    def _drawn(self, rows: Rows, own: Tensor, agreed: Tensor, sampling: Any, ids: Tensor) -> Tensor:
-        """vLLM's sampled ids [B, k + 1], -1 after the last, with the target's draws for trees at a temperature."""
-        said = rows.said(own).to(ids.dtype)
-        column = torch.arange(said.shape[1], device=own.device)
-        said = torch.where(column <= agreed[:, None], said, -1)
-        sampled = (rows.on.is_tree > 0) & (sampling.temperature[: rows.requests] > 0)
-        return torch.where(sampled[:, None], said, ids)
+    def _own(self, rows: Rows, processed: Tensor, positions: Tensor, sampling: Any) -> Tensor:
+        """What the target says after each token, [logits]: its draw by noise of seed and position, or its argmax."""
+        of = rows.on.request_of_logit
+        noise = gumbel(self._seed_table()[of], positions, processed.shape[-1])
+        return (processed + torch.where(sampling.temperature[of, None] > 0, noise, 0)).argmax(-1)
+
+    def _drawn(self, rows: Rows, sampling: Any) -> Tensor:
+        """Which requests have trees at a temperature above 0, [B]: their tokens are drawn here, not by vLLM."""
+        return (rows.on.is_tree > 0) & (sampling.temperature[: rows.requests] > 0)
 
     def _seed_table(self) -> Tensor:
         seeds = np.fromiter(map(self._seeds.__getitem__, self._batch), np.int64, len(self._batch))
         return to_device(self._device, seeds=seeds).seeds
 
-    def rank(self, sampling: Any) -> Rank:
-        """How the drafts of a round are ranked."""
-        if not self._coupled or sampling.all_greedy:
+    def rank(self, sampling: Any, newest: Tensor) -> Rank:
+        """How the drafts of a round are ranked that follows the positions `newest` [B]."""
+        if not self._sampled or sampling.all_greedy:
             return greedy
+        if self._recursive is not None:
+            self._recursive.begin(list(self._batch), newest)
+        stream = 0 if self._recursive is None else DRAFTS
         seeds, filters = self._seed_table(), (sampling.top_k, sampling.top_p)
 
         def rank(logits: Tensor, width: int, rows: int, positions: Tensor) -> Tensor:
@@ -125,8 +137,11 @@ class Verifier:
                 top_k, top_p = (None if each is None else each.repeat_interleave(rows) for each in filters)
                 logits = cut(logits, temperature, top_k, top_p)
             heat = temperature[:, None]
-            noise = torch.where(heat > 0, gumbel(seeds.repeat_interleave(rows), positions, logits.shape[-1]), 0)
-            return greedy(logits.float() / torch.where(heat > 0, heat, 1) + noise, width, rows, positions)
+            scaled = logits.float() / torch.where(heat > 0, heat, 1)
+            if self._recursive is not None:
+                self._recursive.note(scaled)
+            noise = gumbel(seeds.repeat_interleave(rows), positions, logits.shape[-1], stream)
+            return greedy(scaled + torch.where(heat > 0, noise, 0), width, rows, positions)
 
         return rank
 

@@ -34,6 +34,7 @@ class Counts:
     guides: float  # how many guides were made of finite numbers ...
     guide_norms: float  # ... the sum of their norms ...
     broken: float  # ... and how many others, which drafted unsteered
+    rows: tuple[float, ...] = ()  # of draft trees: blocks by the row that was chosen; empty without trees
 
     @property
     def accepted(self) -> float:
@@ -61,11 +62,13 @@ class Verified(NamedTuple):
 class Blocks:
     """Counts one engine's blocks; the first tensor-parallel rank has one."""
 
-    def __init__(self, max_num_seqs: int, draft_length: int, device: torch.device):
+    def __init__(self, max_num_seqs: int, draft_length: int, device: torch.device, rows: int = 0):
+        """`rows` of a draft tree; 0: chains are drafted."""
         self.draft_length = draft_length
         self._side = draft_length + 1
         self._cells = 2 * self._side**2  # unsteered, steered
-        self._counts = torch.zeros(self._cells + 3, device=device, dtype=torch.float64)
+        self._counts = torch.zeros(self._cells + rows + 3, device=device, dtype=torch.float64)
+        self.rows = self._counts[self._cells : -3]  # draft trees add to it
         self.guides = self._counts[-3:]  # good ones, the sum of their norms, broken ones: the injection adds to it
         self._newest = [torch.zeros(max_num_seqs, device=device, dtype=torch.int32) for _ in range(2)]
         self._rows: dict[str, int] = {}  # of the last round, by request
@@ -105,8 +108,8 @@ class Blocks:
             with torch.cuda.stream(self._stream):
                 self._host.copy_(self._counts, non_blocking=True)
         unsteered, steered = found[: self._cells].view(2, self._side, self._side)
-        guides, norms, broken = found[-3:].tolist()
-        return Counts(steered, unsteered, guides, norms, broken)
+        *rows, guides, norms, broken = found[self._cells :].tolist()
+        return Counts(steered, unsteered, guides, norms, broken, tuple(rows))
 
 
 def count(

@@ -46,6 +46,8 @@ def metrics() -> dict[str, Any]:
     made |= {key: gauge(*about, LABELS) for key, about in GAUGES.items()}
     about = "vllm_steer:accepted_tokens_per_pos", "Accepted draft tokens by their position in the block."
     made["accepted_at"] = Counter(*about, [*LABELS, "position"])
+    about = "vllm_steer:blocks_per_row", "Blocks of draft trees by the row that the target agreed with longest."
+    made["rows"] = Counter(*about, [*LABELS, "row"])
     about = "vllm_steer:recorded_accepted_tokens", "Accepted tokens per block predicted when the steering was trained."
     return made | {"recorded": gauge(*about, [*LABELS, "sampling"])}
 
@@ -127,18 +129,19 @@ class Gauges(StatLoggerBase):
         made = metrics()
         for key in COUNTERS:
             self._count(key, "", report[key])
-        for position, value in enumerate(report["accepted_at"]):
-            self._count("accepted_at", str(position), value)
+        for key in ("accepted_at", "rows"):
+            for place, value in enumerate(report[key]):
+                self._count(key, str(place), value)
         for key in GAUGES:
             made[key].labels(*self._labels).set(float(report[key]))
         for sampling, value in report["recorded"].items():
             made["recorded"].labels(*self._labels, sampling).set(value)
 
-    def _count(self, key: str, position: str, value: float) -> None:
-        """Raise a counter by what the worker has counted since the last look."""
-        labels = [*self._labels, position] if position else self._labels
-        metrics()[key].labels(*labels).inc(value - self._last.get((key, position), 0.0))
-        self._last[key, position] = value
+    def _count(self, key: str, place: str, value: float) -> None:
+        """Raise a counter, of one position or row if it has them, by what the worker counted since the last look."""
+        labels = [*self._labels, place] if place else self._labels
+        metrics()[key].labels(*labels).inc(value - self._last.get((key, place), 0.0))
+        self._last[key, place] = value
 
 
 # A method that a later vLLM adds is nothing to end its servers for, steered or not: vLLM builds this class unguarded.

@@ -130,6 +130,7 @@ class Reporter(threading.Thread):
             "steered_blocks": steered,
             "accepted": counts.accepted,
             "accepted_at": counts.accepted_at,
+            "rows": list(counts.rows),
             "guide_norm": self._norm,
             "recorded": {name: values[-1] for name, values in self._recorded.items()},
         }

@@ -115,8 +115,8 @@ class Rows:
         """Give every token its position in its row, in place; ids and positions [tokens] are those of the pass."""
         on, n = self.on, len(self.on.offset)
         self._limit, self._block_size = limit, block_size
-        self._root = positions[on.first]  # [B], position of each request's first token
-        root = self._root[on.request]
+        self.root = positions[on.first]  # [B], position of each request's first token
+        root = self.root[on.request]
         real = ids[on.begin[:-1]] == ids[on.first][on.request]
         end = (root // block_size + self.shape.leaves * self.shape.pages(block_size)) * block_size
         self._valid = (on.branch == 0) | (on.eligible.bool() & real & (end <= limit))
@@ -127,7 +127,7 @@ class Rows:
     def find_pages(self, table: Tensor, slot_mapping: Tensor) -> None:
         """Give every row its pages and every token its slot, in place; table [B, M] are the requests' own pages."""
         on, self.table = self.on, table
-        first = (self._root // self._block_size)[on.request]
+        first = (self.root // self._block_size)[on.request]
         self.pages = page_tables(table[on.request], first, on.branch, self.shape.pages(self._block_size))
         row = on.row_of_token
         found = slots(self.pages[row], self._positions, self._valid[row], self._block_size, self._limit)
@@ -137,7 +137,7 @@ class Rows:
         """Pages (from, to), each [R]: every row's first own page begins as the page of the root."""
         assert self.pages is not None
         of = self.on.request
-        first = (self._root // self._block_size)[of][:, None].clamp(max=self.table.shape[1] - 1)
+        first = (self.root // self._block_size)[of][:, None].clamp(max=self.table.shape[1] - 1)
         source = self.table[of].gather(1, first)[:, 0]
         return source, torch.where(self._valid, self.pages.gather(1, first)[:, 0], source)
 
@@ -145,7 +145,7 @@ class Rows:
         """Pages (from, to), each [B T]: the winner's own become the request's."""
         assert self.winner is not None
         count = self.shape.pages(self._block_size)
-        index = (self._root // self._block_size)[:, None] + torch.arange(count, device=self._root.device)
+        index = (self.root // self._block_size)[:, None] + torch.arange(count, device=self.root.device)
         top = self.table.shape[1] - 1
         source = self.table.gather(1, (index + (self.winner * count)[:, None]).clamp(max=top))
         return source.flatten(), self.table.gather(1, index.clamp(max=top)).flatten()
@@ -169,6 +169,21 @@ class Rows:
         self.winner = torch.where(on.is_tree > 0, rows - 1 - best % rows, 0)
         return best // rows
 
+    def let_win(self, winner: Tensor, where: Tensor) -> None:
+        """Another choice [B] for some requests, `where` [B] bool."""
+        assert self.winner is not None
+        self.winner = torch.where(where, winner, self.winner)
+
+    def may_win(self, branch: Tensor) -> Tensor:
+        """Whether the row of number `branch` [B] of each request may win, [B] bool."""
+        grid = self._valid.new_zeros(self.requests * self.shape.leaves)
+        grid[self.on.request * self.shape.leaves + self.on.branch] = self._valid
+        return grid.view(self.requests, -1).gather(1, branch[:, None])[:, 0]
+
+    def logit_of(self, branch: Tensor, depth: int, count: int) -> Tensor:
+        """Which of `count` logits comes after the token at `depth` of the row of number `branch` [B], [B]."""
+        return (self.on.first_logit + branch * self._k1 + depth).clamp(max=count - 1)
+
     def said(self, own: Tensor) -> Tensor:
         """Of `own` [logits], the target's tokens along each winner [B, k + 1]."""
         assert self.winner is not None
@@ -185,6 +200,11 @@ class Rows:
         """Tokens of the chains that are shown, as indices [shown] into those of the pass."""
         assert self.winner is not None
         return self.on.shown + (self.winner * self._k1)[self.on.shown_of]
+
+    def count_winners(self, blocks: Tensor) -> None:
+        """Add the batch's trees to `blocks` [L] float64, by the row that was chosen."""
+        assert self.winner is not None
+        blocks.index_add_(0, self.winner, self.on.is_tree.double())
 
     def without_others(self, counts: Tensor) -> Tensor:
         """[B], what is counted from the end of each request's tokens, less those that are not shown."""

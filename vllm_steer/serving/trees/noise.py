@@ -23,9 +23,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def gumbel(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
-    """Standard Gumbel noise [n, size] float32 for seeds and positions [n] int64: argmax(log p + noise) draws from p."""
-    state = _mix(_mix(seeds + _A) + positions * _A)
+def uniform(seeds: Tensor, positions: Tensor, size: int, stream: int = 0) -> Tensor:
+    """Numbers in (0, 1), [n, size] float64, for seeds and positions [n] int64; other streams are independent."""
+    start = ((stream + 1) * _A + 2**63) % 2**64 - 2**63  # wrapped, as the tensors are
+    state = _mix(_mix(seeds + start) + positions * _A)
     bits = _mix(state[:, None] + torch.arange(1, size + 1, device=seeds.device) * _A)
-    uniform = (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) * 2.0**-53
-    return -torch.log(-torch.log(uniform)).float()
+    return (((bits >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) * 2.0**-53
+
+
+def gumbel(seeds: Tensor, positions: Tensor, size: int, stream: int = 0) -> Tensor:
+    """Standard Gumbel noise [n, size] float32, as `uniform`: argmax(log p + noise) draws from p."""
+    return -torch.log(-torch.log(uniform(seeds, positions, size, stream))).float()
