@@ -167,14 +167,14 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 
 @pytest.mark.parametrize("runner", ["v1"])
-@pytest.mark.parametrize("method", ["greedy", "probabilistic", "recursive"])
+@pytest.mark.parametrize("method", ["greedy", "coupled", "recursive"])
 def test_sampled_output_is_the_targets(
     sampled: tuple[Path, Path, Path], method: str, runner: str, runners: Any
 ) -> None:
     """On V1, whose noise for trees is ours: the distribution at three temperatures, and under top-k and top-p."""
     target, _, steered = sampled
     options = tree(3, 2, 1)
-    if method == "recursive":
+    if method != "greedy":
         options["additional_config"]["vllm_steer"]["tree_verification"] = method
         method = "probabilistic"
     rows = [random_prompt(6, seed=i, vocab_size=lossless.VOCAB) for i in range(lossless.SEQUENCES["v1"])]
@@ -197,7 +197,7 @@ def test_sampled_output_is_the_targets(
 
 
 @pytest.mark.parametrize("runner", ["v2"])
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("method", ["greedy", "coupled"])
 def test_seeded_output_is_the_targets_own(
     sampled: tuple[Path, Path, Path], method: str, runner: str, runners: Any
 ) -> None:
@@ -205,8 +205,11 @@ def test_seeded_output_is_the_targets_own(
     rows = [random_prompt(6, seed=i, vocab_size=lossless.VOCAB) for i in range(6)]
     filters = [{"n": 2}, {"top_p": 0.8}, {"top_k": 7}, {}, {"temperature": 0.6}, {"temperature": 0}]
     sampling = [{"temperature": 1.0, "seed": i, "max_tokens": 20} | each for i, each in enumerate(filters)]
+    options = tree(3, 1, 1)
+    options["additional_config"]["vllm_steer"]["tree_verification"] = "coupled"  # says nothing of greedy drafts
+    drafter = spec(steered, 3, draft_sample_method="greedy" if method == "greedy" else "probabilistic")
     calls = [{"prompts": rows, "sampling": sampling}]
-    found = runners(runner).run(target, spec(steered, 3, draft_sample_method=method), calls, **ROOM, **tree(3, 1, 1))
+    found = runners(runner).run(target, drafter, calls, **ROOM, **options)
     assert found["error"] is None, found["log"][-4000:]
     alone = runners(runner).run(target, None, calls, **ROOM)["calls"][0]
     assert found["calls"][0]["all"] == alone["all"] and len(alone["all"][0]) == 2
@@ -219,7 +222,6 @@ def test_recursive_rejection(sampled: tuple[Path, Path, Path], runner: str, runn
     target, _, steered = sampled
     rows = [random_prompt(6, seed=i, vocab_size=lossless.VOCAB) for i in range(lossless.SEQUENCES["v2"] + 2)]
     options = tree(3, 2, 1)
-    options["additional_config"]["vllm_steer"]["tree_verification"] = "recursive"
     sampling = [{"temperature": 1.0, "max_tokens": lossless.NEW}] * (len(rows) - 2)
     sampling += [
         {"temperature": 0, "max_tokens": lossless.NEW},

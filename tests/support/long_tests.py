@@ -35,7 +35,14 @@ LONG = {  # in tests/: a test's name stands for all its parameters
         "test_drafts_are_those_of_the_reference[qwen2-v1]",
         "test_drafts_are_those_of_the_reference[qwen2-v2]",
     ),
+    "engine/test_trees.py": (
+        "test_compiled_rows_are_the_same[v1-inductor]",
+        "test_features_come_out_as_from_the_target_alone[v2]",
+        "test_lora_on_the_target[v2]",
+        "test_seeded_output_is_the_targets_own[greedy-v2]",
+    ),
     "server/test_devices.py": (
+        "test_trees_tensor_parallel[v1]",
         "test_ray[v2]",
         "test_an_unknown_vllm",
     ),

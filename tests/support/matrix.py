@@ -94,8 +94,8 @@ TREES: dict[str, object] = {  # the same features with draft trees; a feature th
         "v2": ["test_trees::test_recursive_rejection"],
     },
     "probabilistic drafts": {
-        "v1": ["test_trees::test_sampled_output_is_the_targets[probabilistic]"],
-        "v2": ["test_trees::test_seeded_output_is_the_targets_own[probabilistic]"],
+        "v1": ["test_trees::test_sampled_output_is_the_targets[coupled]"],
+        "v2": ["test_trees::test_seeded_output_is_the_targets_own[coupled]"],
     },
     "LoRA on the target": ["test_trees::test_lora_on_the_target"],
     "compiled (inductor on V1, eager backend on V2)": ["test_trees::test_compiled_rows_are_the_same"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from pkgutil import resolve_name
 from typing import Any
 
@@ -23,6 +24,9 @@ PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"  # vLLM's, of V1
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"  # of V2
 
 
+_being_checked = ContextVar("whether vLLM is checking a VllmConfig", default=False)
+
+
 def install() -> None:
     """Apply the table, see `patching.install`."""
     patching.install(SEAMS)
@@ -31,8 +35,12 @@ def install() -> None:
 def _checked_post_init(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        admission.prepare(self)
-        original(self, *args, **kwargs)
+        token = _being_checked.set(True)
+        try:
+            admission.prepare(self)
+            original(self, *args, **kwargs)
+        finally:
+            _being_checked.reset(token)
 
     return __post_init__
 
@@ -77,7 +85,11 @@ def _rows(module: str, function: str) -> Callable[[Callable[..., Any]], Callable
 def _lookahead_of_rows(original: property) -> property:
     def num_lookahead_tokens(self: Any) -> int:
         shape = tree_of(self)
-        return original.__get__(self) if shape is None else shape.lookahead(self.cache_config.block_size)
+        if (
+            shape is None or _being_checked.get()
+        ):  # vLLM 0.33 compares it with the tokens of a batch, which rows are not
+            return original.__get__(self)
+        return shape.lookahead(self.cache_config.block_size)
 
     return property(num_lookahead_tokens)
 

@@ -20,7 +20,7 @@ PLAN = "vllm_steer_plan"
 TREE = "vllm_steer_tree"  # in the draft model's config too, of steered and of plain drafters
 OP_VERSION = 2  # raise when the injected computation changes: it salts the compile caches
 MAX_SCALE = 100
-TREE_VERIFICATIONS = ("coupled", "recursive")
+TREE_VERIFICATIONS = ("recursive", "coupled")
 OPTIONS = "vllm_steer"  # key in vLLM's --additional-config
 
 
@@ -34,7 +34,7 @@ class Options:
     draft_graphs: bool = False  # V2: replay the drafter's decode passes as CUDA graphs
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
     tree: list[int] | None = None  # children of every node by depth, in place of a chain of drafts
-    tree_verification: str = "coupled"  # of sampled drafts, or "recursive"
+    tree_verification: str = "recursive"  # of sampled drafts, or "coupled"
 
     @classmethod
     def read(cls, additional: Any) -> Options:
@@ -149,8 +149,10 @@ def tree_of(vllm_config: VllmConfig) -> TreeShape | None:
 
 
 def rejects_recursively(vllm_config: VllmConfig) -> bool:
-    """Whether the sampled drafts of an engine's trees are verified by recursive rejection sampling."""
-    return Options.read(vllm_config.additional_config).tree_verification == "recursive"
+    """Whether an engine's trees are sampled and verified by recursive rejection."""
+    spec = vllm_config.speculative_config
+    sampled = spec is not None and spec.draft_sample_method == "probabilistic"
+    return sampled and Options.read(vllm_config.additional_config).tree_verification == "recursive"
 
 
 def filters_drafts(vllm_config: VllmConfig) -> bool:

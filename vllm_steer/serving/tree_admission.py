@@ -13,7 +13,7 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving import patching
 from vllm_steer.serving.kill_switch import KILL_SWITCH
-from vllm_steer.serving.plan import TREE, Options, Written, rejects_recursively, tree_of
+from vllm_steer.serving.plan import TREE, Options, Written, tree_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,12 +35,6 @@ def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
     if shape.depth != k:
         raise SteeringError(
             f"the tree {widths} is {shape.depth} deep and num_speculative_tokens is {k}: give both the same length"
-        )
-    if rejects_recursively(vllm_config) and spec.draft_sample_method != "probabilistic":
-        raise SteeringError(
-            f"tree_verification is 'recursive' and draft_sample_method {spec.draft_sample_method!r}: only drafts that "
-            "are sampled can be rejected recursively; give draft_sample_method 'probabilistic', or drop "
-            "tree_verification"
         )
     patching.require(v2=_v2(vllm_config), trees=True)
     _refuse_unsupported(vllm_config)

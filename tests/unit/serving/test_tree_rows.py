@@ -22,6 +22,7 @@ from vllm_steer.serving.trees.drafting import Growth, greedy
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.noise import gumbel
 from vllm_steer.serving.trees.pages import Pages, pages_of
+from vllm_steer.serving.trees.recursive import Recursive
 from vllm_steer.serving.trees.requests import looks_back
 
 SHAPE = TreeShape((2, 1))  # two rows of root and two drafts
@@ -167,6 +168,42 @@ def test_growing_a_tree() -> None:
     assert flat(torch.tensor([5]), growth.paths).tolist() == [[1, 0, 5, 1, 3, 5, 2, 3, 5, 2, 2]]
 
 
+def test_nothing_waits_for_the_device() -> None:
+    """No operator of a round reads a value back: `item`, a mask as an index, a size that depends on values."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.add(str(op).split(".")[1])
+            if str(op).startswith(("aten.index.", "aten.index_put")):
+                found.update("mask as an index" for each in args[1] if getattr(each, "dtype", None) == torch.bool)
+            return op(*args, **(kwargs or {}))
+
+    shape, ids = TreeShape((2, 1)), torch.tensor([5, 1, 2, 5, 3, 4])
+    recursive, seeds, logits = Recursive(shape, 4, 9, CPU), torch.tensor([3]), torch.randn(6, 9)
+    with Recorder():
+        growth = Growth(shape, torch.arange(16)[None], torch.tensor([9]), BLOCK, LIMIT, greedy)
+        recursive.begin(["a"], torch.tensor([9]))
+        for _ in range(2):
+            recursive.note(logits[:1] if not growth._paths else logits[:2])
+            growth.grow(logits[:1] if not growth._paths else growth.nodes(logits[:2]))
+            growth.step()
+        flat(torch.tensor([5]), growth.paths)
+        rows = Rows(shape, np.array([6]), np.array([5]), np.array([False]), CPU)
+        rows.place(ids, torch.arange(9, 15), BLOCK, LIMIT)
+        rows.find_pages(torch.arange(16)[None], torch.zeros(6, dtype=torch.int64))
+        rows.forks()
+        rows.choose(ids, ids)
+        rows.let_win(recursive.walk(rows, ["a"], logits, ids, seeds)[0], torch.tensor([True]))
+        rows.count_winners(torch.zeros(2, dtype=torch.float64))
+        for each in (rows.kept(), rows.shown(), rows.said(ids), rows.without_others(seeds), *rows.commits()):
+            assert each is not None
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "mask as an index"}
+    assert len(found) > 20 and not found & waits, found & waits
+
+
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -264,9 +301,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_num_seqs": 64, "max_num_batched_tokens": 64}, "drafts 128 rows at a time, .* lower --max-num-seqs to 31"),
     (
         {"additional": {"vllm_steer": {"tree": [2, 1, 1], "tree_verification": "greedy"}}},
-        "allowed are coupled and recu",
+        "allowed are recursive and",
     ),
-    ({"additional": {"vllm_steer": {"tree": [2, 1, 1], "tree_verification": "recursive"}}}, "give draft_sample_method"),
     ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
     ({"spec": {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.9, 0.5, 0.1]}}, "'synthetic'"),
     ({"additional": {"vllm_steer": {"tree": [2, 1, 1], "draft_graphs": True}}}, "draft_graphs"),

@@ -49,10 +49,17 @@ class TreeRounds:
             runner.device,
             sampled=proposer.speculative_config.draft_sample_method == "probabilistic",
             filtered=filters_drafts,
-            recursive=Recursive(shape) if rejects_recursively(proposer.vllm_config) else None,
+            recursive=self._recursive(),
         )
         self._hidden: Tensor | None = None  # of the first draft pass, [B, H]
         self._newest: Tensor | None = None  # [B], the position of what it was fed last
+
+    def _recursive(self) -> Recursive | None:
+        proposer = self._proposer
+        if not rejects_recursively(proposer.vllm_config):
+            return None
+        vocabulary = proposer.draft_model_config.get_vocab_size()
+        return Recursive(self.shape, proposer.max_batch_size, vocabulary, proposer.device)
 
     # --- the target pass --------------------------------------------------------------------------------------------
 

@@ -34,7 +34,9 @@ class Verifier:
     def __init__(self, speculator: Any, shape: TreeShape):
         self._speculator = speculator
         self._sampled = speculator.speculative_config.draft_sample_method == "probabilistic"
-        self._recursive = Recursive(shape) if rejects_recursively(speculator.vllm_config) else None
+        self._recursive = None
+        if rejects_recursively(speculator.vllm_config):
+            self._recursive = Recursive(shape, speculator.max_num_reqs, speculator.vocab_size, speculator.device)
 
     def verify(self, sampler: Any, logits: Tensor, batch: Any, rows: Rows) -> Any:
         """Choose the winners and return vLLM's SamplerOutput; `sampler` is the RejectionSampler, logits [logits, V]."""

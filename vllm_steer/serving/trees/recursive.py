@@ -1,9 +1,8 @@
 """Recursive rejection sampling (RSD, arXiv 2402.14160, algorithm 1) of the trees of a batch at once.
 
 As `recursive` in decoding/verification.py, node by node from the root. Children were drawn without replacement from the
-drafter's distributions, which are kept from the draft round to the verification: L k distributions of a request at
-most. Drafts that are not of the last round (vLLM verifies placeholders after a preemption) are verified as if they had
-been certain: that is exact for any draft.
+drafter's distributions, which are kept from the draft round to the verification. Drafts that are not of the last round
+(vLLM verifies placeholders after a preemption) are verified as if they had been certain: that is exact for any draft.
 
 Shape legend: B requests, L leaves, V vocabulary, k depth.
 """
@@ -26,20 +25,26 @@ DRAFTS, CHOICES = 1, 2  # streams of noise; 0 is the target's own
 class Recursive:
     """What the last draft round drew its trees from, and their verification."""
 
-    def __init__(self, shape: TreeShape):
+    def __init__(self, shape: TreeShape, max_num_seqs: int, vocabulary: int, device: torch.device):
         self._shape = shape
         self._drafted: dict[str, int] = {}  # requests of the last round, by row
         self._newest: Tensor | None = None  # [B] positions of their newest tokens
-        self._q: list[Tensor] = []  # by depth, [B, nodes, V]
+        nodes = [shape.leaves // shape.below(depth) for depth in range(shape.depth)]
+        # One buffer, from the start, so that vLLM's look at free memory sees it: by depth, [N, nodes, V].
+        whole = torch.zeros(max_num_seqs, sum(nodes), vocabulary, device=device)
+        self._q = whole.split(nodes, 1)
+        self._depth = 0  # of what is noted next
 
     def begin(self, requests: Sequence[str], newest: Tensor) -> None:
         """A draft round begins for these requests, whose newest tokens are at the positions `newest` [B]."""
-        self._drafted, self._newest, self._q = {name: i for i, name in enumerate(requests)}, newest, []
+        self._drafted, self._newest, self._depth = {name: i for i, name in enumerate(requests)}, newest, 0
 
     def note(self, logits: Tensor) -> None:
         """The next depth is drawn from softmax(logits), [B nodes, V]."""
         assert self._newest is not None
-        self._q.append(torch.softmax(logits.float(), -1).view(len(self._newest), -1, logits.shape[-1]))
+        n = len(self._newest)
+        self._q[self._depth][:n] = torch.softmax(logits.float(), -1).view(n, -1, logits.shape[-1])
+        self._depth += 1
 
     def walk(
         self, rows: Rows, requests: Sequence[str], logits: Tensor, following: Tensor, seeds: Tensor
@@ -91,7 +96,7 @@ class Recursive:
         """
         below, step = self._shape.below(depth), self._shape.below(depth + 1)
         node = row // below
-        q = self._q[depth][slot, node] if self._q else torch.zeros_like(p)
+        q = self._q[depth][slot, node]
         token, found = torch.full_like(row, -1), torch.zeros_like(live)
         for child in range(self._shape.widths[depth]):
             branch = node * below + child * step
