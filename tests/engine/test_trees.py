@@ -74,6 +74,7 @@ def test_every_rows_drafts_are_those_of_the_reference(
         target, spec(model, len(widths)), prompts(target), max_tokens=NEW, **ROOM, **tree(*widths)
     )
     assert_same_rows(call, target, expected)
+    assert f"draft trees are on: {list(widths)}, " in call["log"] and "slots of its KV cache beyond" in call["log"]
     if drafter == "plain":
         return
     assert_own_guides(call, target, steered, prompts(target))

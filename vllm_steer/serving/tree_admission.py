@@ -42,13 +42,18 @@ def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
     setattr(spec.draft_model_config.hf_config, TREE, Written(widths=list(widths)))
     spec.num_speculative_tokens = shape.drafts
     _without_full_graphs(vllm_config)
+
+
+def say_so(vllm_config: Any, shape: TreeShape) -> None:
+    """Log, in a worker, which tree is drafted and what it reserves."""
     block = vllm_config.cache_config.block_size
     logger.info(
-        "draft trees are on: %s, %d rows of %d tokens to verify for each request%s",
-        widths,
+        "draft trees are on: %s, %d rows of %d tokens to verify for each request, which reserve %d slots of its KV "
+        "cache beyond its tokens",
+        list(shape.widths),
         shape.leaves,
         shape.depth + 1,
-        "" if block is None else f", which reserve {shape.lookahead(block)} slots of its KV cache beyond its tokens",
+        shape.lookahead(block),
     )
 
 

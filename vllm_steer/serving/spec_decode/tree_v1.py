@@ -27,9 +27,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.plan import rejects_recursively
 from vllm_steer.serving.spec_decode.verify_v1 import Verifier
+from vllm_steer.serving.tree_admission import say_so
 from vllm_steer.serving.trees.drafting import Growth
 from vllm_steer.serving.trees.layout import Rows, flat
-from vllm_steer.serving.trees.pages import Pages, pages_of
+from vllm_steer.serving.trees.pages import Paged, Pages, pages_of
 from vllm_steer.serving.trees.recursive import Recursive
 
 ROWS: ContextVar[Rows | None] = ContextVar(
@@ -37,10 +38,11 @@ ROWS: ContextVar[Rows | None] = ContextVar(
 )
 
 
-class TreeRounds:
+class TreeRounds(Paged):
     """What a proposer with a tree does in place of drafting chains."""
 
     def __init__(self, proposer: Any, runner: Any, shape: TreeShape, filters_drafts: bool):
+        say_so(proposer.vllm_config, shape)
         self.shape = shape
         self.rows: Rows | None = None  # of the last target pass, if trees were in it
         self._waiting = False  # it has not been verified yet
@@ -191,16 +193,6 @@ class TreeRounds:
                 input_ids=proposer.input_ids[:padded], positions=proposer.positions[:padded], inputs_embeds=None
             )
         return out[:n]
-
-    # --- pages ------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def _target(self) -> Pages:
-        return self._pages(target=True)
-
-    @functools.cached_property
-    def _drafter(self) -> Pages:
-        return self._pages(target=False)
 
     def _pages(self, target: bool) -> Pages:
         runner, drafts = self._runner, self._proposer._draft_attn_layer_names

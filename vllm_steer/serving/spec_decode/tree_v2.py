@@ -13,7 +13,6 @@ Shape legend: B requests, L leaves, k depth, V vocabulary, N = L (k + 1) - 1 dra
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,19 +25,20 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.plan import tree_of
 from vllm_steer.serving.spec_decode.verify_v2 import Verifier
+from vllm_steer.serving.tree_admission import say_so
 from vllm_steer.serving.trees.drafting import Growth
 from vllm_steer.serving.trees.layout import Rows, flat
-from vllm_steer.serving.trees.pages import Pages, pages_of
+from vllm_steer.serving.trees.pages import Paged, Pages, pages_of
 from vllm_steer.serving.trees.requests import looks_back
 
 
-class TreeRounds:
+class TreeRounds(Paged):
     """What a speculator with a tree does in place of drafting chains."""
 
     def __init__(self, speculator: Any, shape: TreeShape):
+        say_so(speculator.vllm_config, shape)
         self.shape = shape
         self._speculator = speculator
-        self._runner: Any = None  # known from its first target pass on
         self._alone: set[str] = set()
         self._hidden: Tensor | None = None  # of the first draft pass, [B, H]
         self._verifier = Verifier(speculator, shape)
@@ -50,7 +50,6 @@ class TreeRounds:
 
     def lay_out(self, runner: Any, scheduler_output: Any, batch: Any) -> None:
         """Turn the drafts of a batch that is to be verified, if some are trees, into rows: `batch.tree`."""
-        self._runner = runner
         self._alone.update(new.req_id for new in scheduler_output.scheduled_new_reqs if looks_back(new.sampling_params))
         self._alone.difference_update(scheduler_output.finished_req_ids)
         drafts = batch.num_draft_tokens_per_req
@@ -150,16 +149,6 @@ class TreeRounds:
         )
         by_layer = build_slot_mappings_by_layer(slot_mappings, speculator.kv_cache_config)
         return speculator._run_model(growth.tokens.int(), positions, metadata, by_layer, None)[:n]
-
-    # --- pages ------------------------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def _target(self) -> Pages:
-        return self._pages(target=True)
-
-    @functools.cached_property
-    def _drafter(self) -> Pages:
-        return self._pages(target=False)
 
     def _pages(self, target: bool) -> Pages:
         drafts = self._speculator.draft_attn_layer_names

@@ -78,9 +78,8 @@ class Verifier:
             agreed = torch.where(self._drawn(rows, sampling), accepted, agreed)
         kept = rows.kept()
         chain = _chain(rows, metadata, following[kept], kept)
-        if (
-            sampling.spec_token_ids
-        ):  # for penalties and bad words, whose requests show their first row; it has spare room
+        # Penalties and bad words read the drafts, of requests that show their first row. The list has spare room.
+        if sampling.spec_token_ids:
             pairs = zip(sampling.spec_token_ids, chain.num_draft_tokens, strict=False)
             sampling = replace(sampling, spec_token_ids=[ids[:n] for ids, n in pairs])
         found = verdict(chain, None, logits[kept], sampling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,21 @@ class Pages:
         source, to = source[moved].long(), to[moved].long()
         for cache in self._caches:
             cache[to] = cache[source]
+
+
+class Paged:
+    """Has the pages of target and drafter, found when first asked for: vLLM binds the caches after all else."""
+
+    @functools.cached_property
+    def _target(self) -> Pages:
+        return self._pages(target=True)
+
+    @functools.cached_property
+    def _drafter(self) -> Pages:
+        return self._pages(target=False)
+
+    def _pages(self, target: bool) -> Pages:
+        raise NotImplementedError
 
 
 def pages_of(layers: Mapping[str, Any], kv_cache_config: Any, wanted: Callable[[str], bool]) -> Pages:
