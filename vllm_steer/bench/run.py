@@ -238,7 +238,7 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
     lengths = [n for m in models if (n := getattr(text_config(m), "max_position_embeddings", None))]
     room = config.max_model_len or min([*lengths, LONGEST])
     # Beyond what is counted: the last counted block, one that is only asked for, and the drafts that follow it.
-    drafts = max(contender.drafts(config.k) for contender in config.contenders)
+    drafts = max(config.k, *(contender.drafts(config.k) for contender in config.contenders))
     most = room - block_counting.tokens_to_ask(config.max_tokens, config.k) - max(2 * (drafts + 1), _rows(config))
     assert config.target is not None
     tokenizer, template = read_tokenizer(config.target), config.template_options

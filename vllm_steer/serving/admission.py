@@ -15,7 +15,7 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.serving import patching, tree_admission
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
-from vllm_steer.serving.plan import LAYER_IDS, PLAN, Options, Plan, Written, draft_model, source_of, written
+from vllm_steer.serving.plan import LAYER_IDS, PLAN, Options, Plan, Written, draft_model, on_v2, source_of, written
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -46,7 +46,7 @@ def prepare(vllm_config: VllmConfig) -> None:
             )
         return
     _refuse_parallel_experts(vllm_config)
-    if options.draft_graphs and not getattr(vllm_config, "use_v2_model_runner", False):
+    if options.draft_graphs and not on_v2(vllm_config):
         raise SteeringError(
             "additional-config vllm_steer: draft_graphs is for vLLM's V2 runner, this engine has V1, which captures "
             "draft models itself: drop draft_graphs, or set VLLM_USE_V2_MODEL_RUNNER=1"
@@ -66,7 +66,7 @@ def _prepare_steered(vllm_config: VllmConfig, draft: Any, options: Options, off:
         logger.warning("%s is set: the steered drafter %s runs unsteered", KILL_SWITCH, source)
         setattr(draft.hf_config, PLAN, Written())  # not every worker is given this process's environment
         return
-    patching.require(v2=getattr(vllm_config, "use_v2_model_runner", False))
+    patching.require(v2=on_v2(vllm_config))
     plan = _admit_steered(vllm_config, draft, options, source, revision)
     setattr(draft.hf_config, PLAN, Written(dataclasses.asdict(plan)))
 
@@ -108,7 +108,7 @@ def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
     spec = vllm_config.speculative_config
     if spec is None or not getattr(vllm_config.model_config, "enable_prompt_embeds", False):
         return
-    v1 = not getattr(vllm_config, "use_v2_model_runner", False)
+    v1 = not on_v2(vllm_config)
     if spec.uses_draft_model() or (v1 and spec.use_eagle()):
         raise SteeringError(
             f"prompt embeddings (--enable-prompt-embeds) do not work with the drafter of this server ({spec.method}), "
@@ -120,7 +120,7 @@ def _refuse_prompt_embeds(vllm_config: VllmConfig) -> None:
 def _refuse_parallel_experts(vllm_config: VllmConfig) -> None:
     """Refuse a draft model, steered or plain, where vLLM's V2 runner ends with a bare assertion at the first batch."""
     size = vllm_config.parallel_config.data_parallel_size
-    v2 = getattr(vllm_config, "use_v2_model_runner", False)
+    v2 = on_v2(vllm_config)
     if v2 and size > 1 and vllm_config.model_config.is_moe:
         raise SteeringError(
             f"data_parallel_size is {size} and the target is a mixture of experts: vLLM's V2 runner cannot draft with "
@@ -152,7 +152,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
                 f"a steered drafter does not work with {name} yet: turn that off, or set {KILL_SWITCH}=1 to serve "
                 "the drafter unsteered"
             )
-    v2 = getattr(vllm_config, "use_v2_model_runner", False)
+    v2 = on_v2(vllm_config)
     draft, length = spec.draft_model_config, vllm_config.model_config.max_model_len
     limits = hasattr(vllm_config, "_limit_max_model_len_to_draft")  # vLLM 0.33: lowers the server's context instead
     if v2 and draft.max_model_len < length and not limits:

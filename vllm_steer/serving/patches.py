@@ -22,8 +22,6 @@ TREE_V1 = "vllm_steer.serving.spec_decode.tree_v1"
 TREE_V2 = "vllm_steer.serving.spec_decode.tree_v2"
 PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"  # vLLM's, of V1
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"  # of V2
-
-
 _being_checked = ContextVar("whether vLLM is checking a VllmConfig", default=False)
 
 
@@ -85,9 +83,8 @@ def _rows(module: str, function: str) -> Callable[[Callable[..., Any]], Callable
 def _lookahead_of_rows(original: property) -> property:
     def num_lookahead_tokens(self: Any) -> int:
         shape = tree_of(self)
-        if (
-            shape is None or _being_checked.get()
-        ):  # vLLM 0.33 compares it with the tokens of a batch, which rows are not
+        # While it checks a configuration, vLLM 0.33 compares this with the tokens of a batch, which rows are not.
+        if shape is None or _being_checked.get():
             return original.__get__(self)
         return shape.lookahead(self.cache_config.block_size)
 

@@ -162,6 +162,11 @@ def filters_drafts(vllm_config: VllmConfig) -> bool:
     return sampled and not disabled() and Options.read(vllm_config.additional_config).filter_drafts
 
 
+def on_v2(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM has chosen its V2 model runner."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
 def draft_model(vllm_config: VllmConfig) -> Any:
     """vLLM's ModelConfig of a drafter that is a whole language model, or None."""
     spec = vllm_config.speculative_config

@@ -13,7 +13,7 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving import patching
 from vllm_steer.serving.kill_switch import KILL_SWITCH
-from vllm_steer.serving.plan import TREE, Options, Written, tree_of
+from vllm_steer.serving.plan import TREE, Options, Written, on_v2, tree_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +36,7 @@ def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
         raise SteeringError(
             f"the tree {widths} is {shape.depth} deep and num_speculative_tokens is {k}: give both the same length"
         )
-    patching.require(v2=_v2(vllm_config), trees=True)
+    patching.require(v2=on_v2(vllm_config), trees=True)
     _refuse_unsupported(vllm_config)
     _require_room(vllm_config, shape)
     setattr(spec.draft_model_config.hf_config, TREE, Written(widths=list(widths)))
@@ -55,10 +55,6 @@ def say_so(vllm_config: Any, shape: TreeShape) -> None:
         shape.depth + 1,
         shape.lookahead(block),
     )
-
-
-def _v2(vllm_config: Any) -> bool:
-    return bool(getattr(vllm_config, "use_v2_model_runner", False))
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:

@@ -70,12 +70,15 @@ class Verifier:
         following = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
         following[metadata.target_logits_indices.long()] = metadata.draft_token_ids.long()
         processed = self._processed(rows, logits, sampling)
-        own = processed.argmax(-1) if sampling.all_greedy else self._own(rows, processed, positions, sampling)
+        # Recursive rejection draws for itself: then only greedy requests are judged by this.
+        certain = sampling.all_greedy or self._recursive is not None
+        own = processed.argmax(-1) if certain else self._own(rows, processed, positions, sampling)
         agreed, said = rows.choose(own, following), None
-        if self._recursive is not None and not sampling.all_greedy:
+        drawn = None if sampling.all_greedy else self._drawn(rows, sampling)
+        if self._recursive is not None and drawn is not None:
             winner, said, accepted = self._recursive.walk(rows, self._batch, processed, following, self._seed_table())
-            rows.let_win(winner, self._drawn(rows, sampling))
-            agreed = torch.where(self._drawn(rows, sampling), accepted, agreed)
+            rows.let_win(winner, drawn)
+            agreed = torch.where(drawn, accepted, agreed)
         kept = rows.kept()
         chain = _chain(rows, metadata, following[kept], kept)
         # Penalties and bad words read the drafts, of requests that show their first row. The list has spare room.
@@ -83,12 +86,12 @@ class Verifier:
             pairs = zip(sampling.spec_token_ids, chain.num_draft_tokens, strict=False)
             sampling = replace(sampling, spec_token_ids=[ids[:n] for ids, n in pairs])
         found = verdict(chain, None, logits[kept], sampling)
-        if sampling.all_greedy:
+        if drawn is None:
             return found
         ids = found.sampled_token_ids
         said = (rows.said(own) if said is None else said).to(ids.dtype)
         said = torch.where(torch.arange(said.shape[1], device=own.device) <= agreed[:, None], said, -1)
-        ids = torch.where(self._drawn(rows, sampling)[:, None], said, ids)
+        ids = torch.where(drawn[:, None], said, ids)
         if sampling.max_num_logprobs is None:
             return replace(found, sampled_token_ids=ids)
         shown = processed[kept] if sampler.is_processed_logprobs_mode else logits[kept].float()

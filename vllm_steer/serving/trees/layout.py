@@ -16,6 +16,7 @@ Shape legend: B requests, L rows of a tree, R rows in all, T pages of a row, M p
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,9 +177,14 @@ class Rows:
 
     def may_win(self, branch: Tensor) -> Tensor:
         """Whether the row of number `branch` [B] of each request may win, [B] bool."""
+        return self._eligible.gather(1, branch[:, None])[:, 0]
+
+    @functools.cached_property
+    def _eligible(self) -> Tensor:
+        """[B, L] bool: which rows of each request may win."""
         grid = self._valid.new_zeros(self.requests * self.shape.leaves)
         grid[self.on.request * self.shape.leaves + self.on.branch] = self._valid
-        return grid.view(self.requests, -1).gather(1, branch[:, None])[:, 0]
+        return grid.view(self.requests, -1)
 
     def logit_of(self, branch: Tensor, depth: int, count: int) -> Tensor:
         """Which of `count` logits comes after the token at `depth` of the row of number `branch` [B], [B]."""

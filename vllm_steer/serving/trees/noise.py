@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_A, _B, _C = (
-    -0x61C8864680B583EB,
-    -0x40A7B892E31B1A47,
-    -0x6B2FB644ECCEEE15,
-)  # SplitMix64 (Steele et al., 2014), as signed
+# SplitMix64's (Steele et al., 2014), as signed numbers.
+_A, _B, _C = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 def _mix(x: Tensor) -> Tensor:
