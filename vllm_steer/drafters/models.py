@@ -104,9 +104,9 @@ def require_loadable(directory: Path) -> None:
 
     Quantised weights have shapes and readers of their own: of them only the files are checked.
     """
-    files = _weight_files(directory)
+    files = weight_files(directory)
     for path in files:
-        _require_readable(path)
+        require_readable(path)
     config = read_model_config(directory)
     if getattr(text_config(config), "quantization_config", None) or getattr(config, "quantization_config", None):
         return
@@ -122,7 +122,8 @@ def require_loadable(directory: Path) -> None:
         )
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a model directory. Raises SteeringError when there are none, or one is missing."""
     for index, pattern in (
         ("model.safetensors.index.json", "*.safetensors"),
         ("pytorch_model.bin.index.json", "*.bin"),
@@ -146,7 +147,8 @@ def _weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _require_readable(path: Path) -> None:
+def require_readable(path: Path) -> None:
+    """Raise SteeringError for a weight file that is cut or empty."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -24,6 +24,7 @@ from torch import Tensor
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.drafters.models import drafter_shape, read_model_config
+from vllm_steer.drafters.safe_tensors import read_tensors
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
 
@@ -31,7 +32,6 @@ FOLDER = "steering"
 OLD = ".steering-old"  # the folder being replaced, for the moment it takes
 FILES = ("config.json", "model.safetensors", "golden.safetensors")
 MARKER = "vllm_steer"  # key in the drafter's config.json: "this directory has a steering folder"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GOLDEN_ROWS = 4
 GOLDEN_TOLERANCE = 1e-4  # relative to the largest delta; float32 on any machine is far inside it
 GOLDEN_FLOOR = 1e-3  # what counts as the largest delta when all are smaller: an untrained steering has none
@@ -161,7 +161,7 @@ def load(directory: str | Path) -> Steering:
         sizes = "hidden_size, intermediate_size or rank"  # not their values: thousands of digits, in a fuzzed file
         raise SteeringError(f"{folder / 'config.json'}: {sizes} is beyond any model; copy the file again") from None
     wanted = {name: tuple(tensor.shape) for name, tensor in steering.state_dict().items()}
-    weights = _read_tensors(folder / "model.safetensors", wanted)
+    weights = read_tensors(folder / "model.safetensors", wanted)
     # Copies: what safetensors hands out is the file itself, and whoever writes to it would change a running server.
     steering.load_state_dict({k: v.to(torch.float32, copy=True) for k, v in weights.items()}, assign=True)
     _check_golden(folder / "golden.safetensors", steering)
@@ -270,36 +270,6 @@ def _refuse_pickles(folder: Path) -> None:
             raise SteeringError(f"{path}: unknown file; {FOLDER}/ holds {', '.join(FILES)} and nothing else")
 
 
-def _read_tensors(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for name in sorted(set(wanted) - names):
-                raise SteeringError(f"{path}: tensor {name!r} is missing; needed are {', '.join(sorted(wanted))}")
-            for name in sorted(names - set(wanted)):
-                raise SteeringError(f"{path}: unknown tensor {name!r}; allowed are {', '.join(sorted(wanted))}")
-            tensors = {name: file.get_tensor(name) for name in wanted}
-    except FileNotFoundError:
-        raise SteeringError(f"{path} is missing: copy the whole {FOLDER}/ folder again") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # torch's: too large to be mapped
-        if isinstance(error, SteeringError):
-            raise
-        raise SteeringError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from None
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != wanted[name]:
-            raise SteeringError(
-                f"{path}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(wanted[name])}: "
-                "the two files belong to different checkpoints"
-            )
-        if tensor.dtype not in FLOATS:
-            raise SteeringError(f"{path}: tensor {name!r} is {tensor.dtype}, allowed are float32, bfloat16, float16")
-        if not torch.isfinite(tensor).all():
-            raise SteeringError(
-                f"{path}: tensor {name!r} has NaN or infinite values: the checkpoint is damaged, copy it again"
-            )
-    return tensors
-
-
 def _layers(config: SteeringConfig) -> str:
     """Which layers are read and steered, which neither shapes nor deltas can tell."""
     return f"target {list(config.target_layer_ids)}, drafter {list(config.steered_layers)}"
@@ -309,7 +279,7 @@ def _layers(config: SteeringConfig) -> str:
 def _check_golden(path: Path, steering: Steering) -> None:
     config = steering.config
     shape = (GOLDEN_ROWS, config.num_steered, config.drafter.intermediate_size)
-    golden = _read_tensors(path, {"states": (GOLDEN_ROWS, 3 * config.target.hidden_size), "deltas": shape})
+    golden = read_tensors(path, {"states": (GOLDEN_ROWS, 3 * config.target.hidden_size), "deltas": shape})
     with safe_open(path, framework="pt") as file:
         layers = (file.metadata() or {}).get("layers", _layers(config))  # absent: saved before it was recorded
     if layers != _layers(config):

@@ -17,7 +17,8 @@ from torch import Tensor
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import refuse_used
 from vllm_steer.drafters.models import drafter_shape, read_model_config, target_shape
-from vllm_steer.drafters.steered.checkpoint import FLOATS, copy_files, filling, has_drafter, mark, save
+from vllm_steer.drafters.safe_tensors import FLOATS
+from vllm_steer.drafters.steered.checkpoint import copy_files, filling, has_drafter, mark, save
 from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 
