@@ -28,7 +28,7 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from vllm_steer.training import trainer
+    from vllm_steer.training import pair, trainer
 
     torch.set_num_threads(args.threads)
     rng = random.Random(0)
@@ -62,13 +62,13 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
             save_every=10 * args.steps,
             cache=str(Path(folder) / ("trunk" if mode == "top layer" else "states")) if cache else None,
         )
-        sources = trainer.guide_sources  # called once a forward, at its start
+        sources = pair.guide_sources  # called once a forward, at its start
 
         def stamped(*given: Any) -> torch.Tensor:
             stamps.append(now())
             return sources(*given)
 
-        trainer.guide_sources = stamped
+        pair.guide_sources = stamped
         trainer.train(config)
     seconds = sorted(b - a for a, b in itertools.pairwise(stamps))
     middle = seconds[len(seconds) // 2]

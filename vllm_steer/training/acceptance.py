@@ -53,13 +53,18 @@ def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[st
             tokens[name], blocks[name] = tokens[name] + more[0], blocks[name] + more[1]
     if not blocks.all():
         raise SteeringError(f"no held-out response has {k} tokens, which a block of k={k} takes: give longer ones")
-    overlaps, agreements = ([round(x, 4) for x in row] for row in (sums / count).tolist())
-    sampled, greedily = (tokens / blocks).tolist()
+    return summary(sums / count, tokens / blocks, count)
+
+
+def summary(means: Tensor, lengths: Tensor, positions: int) -> dict[str, Any]:
+    """What `measure` returns, from overlap and agreement by offset [2, k] and both acceptance lengths [2]."""
+    overlaps, agreements = ([round(x, 4) for x in row] for row in means.tolist())
+    sampled, greedily = lengths.tolist()
     return {
         "overlap": overlaps,
         "agreement": agreements,
         "acceptance_length": {"sampled": round(sampled, 3), "greedy": round(greedily, 3)},
-        "positions": count,
+        "positions": positions,
     }
 
 

@@ -17,7 +17,6 @@ from vllm_steer.data.dataset import Row, collate, read_file, without_prompts
 from vllm_steer.data.response_file import meta_path
 from vllm_steer.data.split import split_of_run, split_rows
 from vllm_steer.drafters.models import read_model_config, text_config
-from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.training.cache import StateCache
 from vllm_steer.training.config import TrainConfig
 from vllm_steer.training.pair import read_target, read_trunk, trunk_fits
@@ -38,14 +37,14 @@ def read_data(config: TrainConfig, tokenizer: Any) -> tuple[list[Row], list[Row]
     for path in config.data:
         written_by = _writer(path)
         if written_by is not None:
-            identity = identity or {fingerprint(name): name for name in (config.target, config.drafter)}
+            identity = identity or {fingerprint(name): name for name in config.writers}
             if all(what := [difference(written_by["fingerprint"], mine) for mine in identity]):
                 raise SteeringError(
                     f"{path} was written by another model ({written_by['name']}) than the target {config.target} or "
                     f"the drafter {config.drafter}: {what[0]} from the target's; generate responses with one of these, "
                     "or give that target"
                 )
-    limits = model_limits(config.target, config.drafter)
+    limits = model_limits(*config.writers)
     (first, left_out), *others = (
         read_file(path, tokenizer, config.max_length, config.template_options, **limits) for path in config.data
     )
@@ -100,36 +99,43 @@ class Batches:
         self,
         config: TrainConfig,
         target: PreTrainedModel,
-        drafter: PreTrainedModel,
         rows: list[Row],
-        settings: SteeringConfig,
+        layers: tuple[int, ...],
         arguments: Any,
+        trunk: tuple[PreTrainedModel, int] | None = None,
     ):
-        self.target, self.rows, self.layers = target, rows, settings.target_layer_ids
+        """`layers`: whose inputs are the states; `trunk`: a drafter and its first layer that is not frozen, whose input
+        is cached too if the drafter can start there."""
+        self.target, self.rows, self.layers = target, rows, layers
         self.device, self.first_layer, self.cache = arguments.device, 0, None
         if config.cache is None:
             return
-        if config.mode == "steer" and settings.steered_layers[0] > 0:
-            if trunk_fits(drafter, settings.steered_layers[0], self._to_device(collate(rows[:1]))):
-                self.first_layer = settings.steered_layers[0]
-            else:
-                logger.info("a %s drafter cannot start at an upper layer: only the target's states are cached",
-                            drafter.config.model_type)  # fmt: skip
-        widths = {"states": 3 * settings.target.hidden_size, "final": settings.target.hidden_size}
+        hidden = text_config(target.config).hidden_size
+        widths = ({"states": len(layers) * hidden} if layers else {}) | {"final": hidden}
         # Without the tokenizer: the rows' token ids are compared themselves.
         made_from: dict[str, object] = {
             "target": fingerprint(config.target, tokenizer=False),
             "layers": self.layers,
             "precision": config.precision,
         }
-        if self.first_layer:
-            widths["trunk"] = settings.drafter.hidden_size
-            made_from |= {"drafter": fingerprint(config.drafter, tokenizer=False), "first_layer": self.first_layer}
+        if trunk is not None and trunk[1]:
+            drafter, first = trunk
+            if trunk_fits(drafter, first, self._to_device(collate(rows[:1]))):
+                self.first_layer = first
+                widths["trunk"] = text_config(drafter.config).hidden_size
+                made_from |= {"drafter": fingerprint(str(config.drafter), tokenizer=False), "first_layer": first}
+            else:
+                logger.info("a %s drafter cannot start at an upper layer: only the target's states are cached",
+                            drafter.config.model_type)  # fmt: skip
 
         def read(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             batch = self._to_device(batch)
             found = read_target(target, batch, self.layers)
-            return found | {"trunk": read_trunk(drafter, batch, self.first_layer)} if self.first_layer else found
+            return (
+                found | {"trunk": read_trunk(trunk[0], batch, self.first_layer)}
+                if trunk and self.first_layer
+                else found
+            )
 
         # The first process of the whole job fills it. The others then find it whole or, on machines that have a disk of
         # their own, fill theirs one after the other.

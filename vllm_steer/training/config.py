@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from importlib.util import find_spec
@@ -13,10 +14,13 @@ import torch
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.common.options import option
+from vllm_steer.drafters.block.config import KINDS
 from vllm_steer.training.losses import LOSSES, current_name
 from vllm_steer.training.pair import OFFSET_RULES
 
+STEERED = "steered"
 MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}
+OF_STEERED = ("mode", "offsets", "drafter_lr", "rank", "steered_layers", "gradient_checkpointing")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,7 +29,6 @@ class TrainConfig:
     """One training run; the command line is made from these fields."""
 
     target: str = option(MISSING, "target model: hub id or directory")
-    drafter: str = option(MISSING, "pretrained drafter that encodes texts as the target does: hub id or directory")
     data: tuple[str, ...] = option(
         MISSING,
         "JSONL files of prompts and responses: from `vllm-steer generate`, or your own (vllm_steer/data/dataset.py); "
@@ -33,6 +36,20 @@ class TrainConfig:
         nargs="+",
     )
     output: str = option(MISSING, "directory to write: a drafter with steering/; mode steer: steering/ alone")
+    drafter: str | None = option(
+        None,
+        "pretrained drafter that encodes texts as the target does: hub id or directory; for a block drafter, one to "
+        "start from (default: a new one)",
+        type=str,
+    )
+    kind: str = option(
+        STEERED,
+        "what is trained: " + "; ".join(f"{k} = {v}" for k, v in ({STEERED: "a draft model"} | KINDS).items()),
+        choices=[STEERED, *KINDS],
+    )
+    layers: int = option(1, "of a new block drafter: its decoder layers, or the blocks of a Medusa head")
+    anchors: int = option(24, "of a block drafter: blocks of a row in one step")
+    freeze_base: bool = option(False, "of treeflash: train the approximator alone, on the DFlash layers of --drafter")
     mode: str = option(
         "joint", "what trains: " + "; ".join(f"{k} = {v}" for k, v in MODES.items()), choices=list(MODES)
     )
@@ -54,8 +71,9 @@ class TrainConfig:
     rank: int | None = option(None, "factor the projection through this many dimensions (default: full rank)", type=int)
     target_layers: tuple[int, ...] | None = option(
         None,
-        "three target layer ids, id i = input of layer i (default: 2, middle, third from the end)",
-        nargs=3,
+        "target layer ids, id i = input of layer i: three, for a block drafter any number (default: 2, middle, third "
+        "from the end)",
+        nargs="+",
         type=int,
     )
     steered_layers: tuple[int, ...] | None = option(None, "drafter layers to steer (default: all)", nargs="+", type=int)
@@ -95,9 +113,10 @@ class TrainConfig:
         object.__setattr__(self, "loss", current_name(self.loss))
         for name, least in (("steps", 0), ("max_length", 2)):
             require_at_least(options.flag(name), getattr(self, name), least)
-        for name in ("batch_size", "accumulate", "k", "save_every", "workers"):
+        for name in ("batch_size", "accumulate", "k", "save_every", "workers", "layers", "anchors"):
             require_at_least(options.flag(name), getattr(self, name), 1)
         allowed: dict[str, Iterable[str]] = {
+            "kind": (STEERED, *KINDS),
             "mode": MODES,
             "loss": LOSSES,
             "offsets": OFFSET_RULES,
@@ -111,7 +130,31 @@ class TrainConfig:
                 raise SteeringError(f"--report-to {name} needs it: pip install {name}")
         if self.workers > 1 and not self.ray:
             raise SteeringError(f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node")
+        self._check_kind()
         self.template_options  # noqa: B018 - refuses what is not usable
+
+    def _check_kind(self) -> None:
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        if self.kind == STEERED:
+            if self.drafter is None:
+                raise SteeringError("--drafter is missing: give the pretrained drafter to steer")
+            if self.target_layers is not None and len(self.target_layers) != 3:
+                raise SteeringError(f"--target-layers has {len(self.target_layers)} ids, steering reads three")
+            others: tuple[str, ...] = ("layers", "anchors", "freeze_base")
+        else:
+            others = OF_STEERED
+            if self.freeze_base and (self.kind != "treeflash" or self.drafter is None):
+                raise SteeringError("--freeze-base is for --kind treeflash with a DFlash --drafter to start from")
+        for name in others:
+            if getattr(self, name) != defaults[name]:
+                raise SteeringError(
+                    f"{options.flag(name)} is {getattr(self, name)}, which --kind {self.kind} does not have: drop it"
+                )
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The models that may have written the data: the target, and a draft model."""
+        return (self.target, self.drafter) if self.kind == STEERED and self.drafter else (self.target,)
 
     @property
     def template_options(self) -> dict[str, Any]:

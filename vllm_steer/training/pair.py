@@ -9,7 +9,7 @@ Shape legend: B rows, T tokens, N response positions of a batch, H target hidden
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,8 @@ from vllm_steer.training.losses import Distance, by_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from vllm_steer.training.config import TrainConfig
 
 OFFSET_RULES = {
     "batch": "one distance d in 1..k for the whole batch",
@@ -59,7 +61,24 @@ class _Given(nn.Module):
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)  # type: ignore[arg-type]  # it says FloatTensor
 
 
-class Pair(nn.Module):
+class TrainedWeights(nn.Module):
+    """A module whose state is what is trained of it."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form of two
+        """The trained weights only: a resumable checkpoint needs no frozen weights and no tied copies."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse; frozen weights may be absent."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
+        assert not strict or not (found.missing_keys or found.unexpected_keys), found
+        return found
+
+
+class Pair(TrainedWeights):
     """A drafter and its steering as one trainable module; `steering` is None when only the drafter trains.
 
     Args:
@@ -111,18 +130,25 @@ class Pair(nn.Module):
         """The sum of `self.loss` over response positions, a scalar: the mean is of a whole optimiser step."""
         return self.compare([self.loss], batch, source).sum()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # one form of two
-        """The trained weights only: a resumable checkpoint needs no frozen weights and no tied copies."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name: v for name, v in super().state_dict(*args, **kwargs).items() if name in trained}
+    def groups(self, config: TrainConfig) -> list[tuple[nn.Module, float]]:
+        """Modules and their peak learning rates."""
+        given = [(self.steering, config.lr), (self.drafter, config.drafter_lr)]
+        return [(module, rate) for module, rate in given if module is not None]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The inverse; frozen weights may be absent."""
-        found = super().load_state_dict(state_dict, strict=False, assign=assign)
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        found.missing_keys[:] = [name for name in found.missing_keys if name in trained]
-        assert not strict or not (found.missing_keys or found.unexpected_keys), found
-        return found
+    def draw(self, config: TrainConfig, batch: dict[str, Tensor], rng: random.Random) -> Tensor:
+        """Which target state steers each position in this step, for `forward`."""
+        length = batch["input_ids"].shape[1]
+        return guide_sources(config.offsets, batch["prompt_lengths"], length, config.k, rng)
+
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        """How many positions `forward` sums over."""
+        return int(response_mask(batch).sum())
+
+    def measure(self, batches: Iterable[dict[str, Tensor]], k: int) -> dict[str, Any]:
+        """Predicted acceptance, see acceptance.py."""
+        from vllm_steer.training.acceptance import measure
+
+        return measure(self, batches, k)
 
     def detach(self) -> None:
         """Remove the wrappers and restore the first layers, so that the drafter is saved in its original form."""
@@ -162,14 +188,16 @@ def lazy_deltas(steering: Steering, states: Tensor, source: Tensor) -> Callable[
 
 @torch.no_grad()
 def read_target(target: PreTrainedModel, batch: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
-    """The target's `states` [B, T, 3H], the inputs of three layers, and `final` [B, T, H], what its head reads."""
+    """The target's `states` [B, T, len(layers) * H], the inputs of these layers (none: no key), and `final` [B, T, H],
+    what its head reads."""
     out = target.get_decoder()(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        output_hidden_states=True,
+        output_hidden_states=bool(layers),
         use_cache=False,
     )
-    return {"states": torch.cat([out.hidden_states[i] for i in layers], dim=-1), "final": out.last_hidden_state}
+    states = {"states": torch.cat([out.hidden_states[i] for i in layers], dim=-1)} if layers else {}
+    return states | {"final": out.last_hidden_state}
 
 
 @torch.no_grad()

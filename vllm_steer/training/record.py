@@ -110,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _settings(config: TrainConfig) -> dict[str, Any]:
     found = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     found = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
-    found |= {key: fingerprint(getattr(config, key)) for key in ("target", "drafter")}
+    found |= {key: fingerprint(name) for key in ("target", "drafter") if (name := getattr(config, key))}
     found["data"] = [sha256(path) for path in config.data]
     found["chat_template_kwargs"] = config.template_options
     found["processes"] = config.workers if config.ray else int(os.environ.get("WORLD_SIZE", 1))
@@ -119,7 +119,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _names(config: TrainConfig) -> dict[str, Any]:
     """The names of models and files, for error messages."""
-    names: dict[str, Any] = {key: public_name(getattr(config, key)) for key in ("target", "drafter")}
+    names: dict[str, Any] = {key: public_name(name) for key in ("target", "drafter") if (name := getattr(config, key))}
     return names | {"data": [public_name(path) for path in config.data]}
 
 

@@ -1,7 +1,8 @@
-"""Train a steering, a drafter, or both (SD², arXiv 2511.09844, section 3) on `transformers.Trainer`.
+"""Train a steering, a drafter, both (SD², arXiv 2511.09844, section 3), or a block drafter, on `transformers.Trainer`.
 
-The loss is taken at response positions only; which target state steers which position is drawn anew in every step
-(see pair.py). Several GPUs: `torchrun --nproc-per-node N -m vllm_steer.cli train ...`, or `--ray --workers N`.
+The loss is taken at response positions only; which target state steers which position (pair.py), or where blocks begin
+(block_pair.py), is drawn anew in every step.
+Several GPUs: `torchrun --nproc-per-node N -m vllm_steer.cli train ...`, or `--ray --workers N`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +28,14 @@ from vllm_steer.common.identity import fingerprint
 from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data import split
 from vllm_steer.data.dataset import sha256
-from vllm_steer.drafters.models import load_model, load_models, read_model_config, text_config
-from vllm_steer.drafters.steered.config import SteeringConfig
-from vllm_steer.drafters.steered.module import Steering
-from vllm_steer.drafters.tokenizer import load_tokenizer, require_embeddings
-from vllm_steer.training import record, writing
-from vllm_steer.training.acceptance import measure
+from vllm_steer.drafters.models import read_model_config, text_config
+from vllm_steer.drafters.tokenizer import require_embeddings
+from vllm_steer.training import record, runs, writing
 from vllm_steer.training.batches import Batches, read_data
-from vllm_steer.training.config import PRECISIONS, TrainConfig, add_arguments
-from vllm_steer.training.losses import LOSSES
-from vllm_steer.training.pair import Pair, guide_sources, response_mask
+from vllm_steer.training.block_pair import BlockPair
+from vllm_steer.training.config import TrainConfig, add_arguments
+from vllm_steer.training.pair import Pair
 from vllm_steer.training.plots import plot_training
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["add_arguments", "run", "train"]  # the first two are the verb's
 
@@ -138,30 +133,22 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
 
 def _train(config: TrainConfig) -> dict[str, Any] | None:
     torch.manual_seed(config.seed)
-    tokenizer = load_tokenizer(config.target, config.drafter)
-    for model in (config.target, config.drafter):
+    tokenizer = runs.require_same_tokens(config)
+    for model in config.writers:
         require_embeddings(tokenizer, model, text_config(read_model_config(model)).vocab_size)
     rows, held_out = read_data(config, tokenizer)
-    target, drafter, stored = load_models(config.target, config.drafter, PRECISIONS[config.precision])
-    writing.set_steering_aside(config, drafter)
-    settings = _settings(config, target, drafter)
-    drafter.requires_grad_(config.mode != "steer")
-    arguments = _arguments(config)
-    target.to(arguments.device)
-    drafter.to(arguments.device)
     everything, training, held = split.in_file_order(rows, held_out)
-    source = Batches(config, target, drafter, everything, settings, arguments)
-    steering = None if config.mode == "distill" else Steering(settings)
-    pair = Pair(drafter, steering, target, LOSSES[config.loss], source.first_layer).to(arguments.device)
-    first = int(os.environ.get("RANK", 0)) == 0
-    if first:
-        writing.rehearse(config, pair, tokenizer, stored)
+    arguments = _arguments(config)
+    made = runs.prepare(config, tokenizer, everything, arguments)
+    pair, source = made.pair, made.source
+    if int(os.environ.get("RANK", 0)) == 0:
+        made.rehearse()
     judge = lambda: _judge(pair, source, held, config)  # noqa: E731
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
     data = split.describe(rows, held_out, Path(config.data[0]).name)
     if config.control is not None:
         split.check_control(config.control, data)
-    control = _judge_control(config, target, source, held)
+    control = _judge_control(config, made, held)
     trainer = _trainer(config, pair, source, training, arguments, judge)
     checkpoints, last = Path(arguments.output_dir), last_checkpoint(Path(config.output)) if config.resume else None
     if trainer.is_world_process_zero():
@@ -174,33 +161,28 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not trainer.is_world_process_zero():
         return None
-    writing.round_weights(pair, stored)
+    writing.round_weights(pair, made.stored)
     acceptance = {"data": data, "untrained": before, "trained": judge()} | control
-    origin_of_this = _provenance(config) | record.resumptions(checkpoints)
-    settings = dataclasses.replace(settings, provenance=origin_of_this, acceptance=acceptance)
-    writing.write(config, pair, tokenizer, settings, stored)
+    made.write(_provenance(config) | record.resumptions(checkpoints), acceptance)
     plot_training(Path(config.output) / "training.png", acceptance, trainer.state.log_history)
     if not config.ray:  # Ray Train still writes there
         shutil.rmtree(checkpoints, ignore_errors=True)
     return acceptance
 
 
-def _judge(pair: Pair, source: Batches, held_out: list[int], config: TrainConfig) -> dict[str, Any]:
+def _judge(pair: Pair | BlockPair, source: Batches, held_out: list[int], config: TrainConfig) -> dict[str, Any]:
     training = pair.training
-    found = measure(pair.eval(), source.held(held_out, config.batch_size), config.k)
+    found = pair.eval().measure(source.held(held_out, config.batch_size), config.k)
     pair.train(training)
     return found
 
 
-def _judge_control(
-    config: TrainConfig, target: PreTrainedModel, source: Batches, held_out: list[int]
-) -> dict[str, Any]:
+def _judge_control(config: TrainConfig, made: runs.Run, held_out: list[int]) -> dict[str, Any]:
     """{"control": its acceptance on the held-out rows}, or {} when none was given."""
     if config.control is None:
         return {}
-    load_tokenizer(config.target, config.control)
-    pair = Pair(load_model(config.control, torch.float32), None, target, LOSSES[config.loss]).to(source.device)
-    return {"control": {"drafter": public_name(config.control)} | _judge(pair, source, held_out, config)}
+    pair = runs.control(config, made.target).to(made.source.device)
+    return {"control": {"drafter": public_name(config.control)} | _judge(pair, made.source, held_out, config)}
 
 
 def _arguments(config: TrainConfig) -> Any:
@@ -237,7 +219,9 @@ def _arguments(config: TrainConfig) -> Any:
     return arguments
 
 
-def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], arguments: Any, judge: Any) -> Any:
+def _trainer(
+    config: TrainConfig, pair: Pair | BlockPair, source: Batches, rows: list[int], arguments: Any, judge: Any
+) -> Any:
     """A Trainer whose loss is the distance to the target; progress, logging, schedule and resume are its own."""
     from transformers import Trainer
 
@@ -247,7 +231,7 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
         ) -> tuple[list[Any], Tensor]:
             """The batches of one optimiser step, and how many positions they have in all processes together."""
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            count = torch.tensor(sum(int(response_mask(batch).sum()) for batch in batches), device=device)
+            count = torch.tensor(sum(pair.positions(batch) for batch in batches), device=device)
             return batches, self.accelerator.gather(count).sum()
 
         def compute_loss(  # type: ignore[override]  # never asked for outputs
@@ -257,10 +241,8 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
             batch = source.complete(inputs)
             # Seeded by step and rows: a resumed run draws the same numbers, other processes and forwards draw others.
             rng = random.Random(f"{config.seed}:{self.state.global_step}:{int(inputs['input_ids'].sum())}")
-            length = inputs["input_ids"].shape[1]
-            steered_from = guide_sources(config.offsets, inputs["prompt_lengths"], length, config.k, rng)
             assert num_items_in_batch is not None
-            total = model(steered_from, **batch)
+            total = model(pair.draw(config, batch, rng), **batch)
             loss = total * self.accelerator.num_processes / num_items_in_batch  # gradients of processes are averaged
             if not torch.isfinite(loss):
                 _stop_at(config, self.state.global_step, loss, inputs)
@@ -273,7 +255,7 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and isinstance(pair, Pair):
         pair.drafter.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = PairTrainer(
         model=pair,
@@ -287,14 +269,13 @@ def _trainer(config: TrainConfig, pair: Pair, source: Batches, rows: list[int], 
     return trainer
 
 
-def _optimizer(config: TrainConfig, pair: Pair) -> torch.optim.Optimizer:
-    """AdamW over what is trained, the steering and the drafter each at its own learning rate."""
-    groups = [(pair.steering, config.lr), (pair.drafter, config.drafter_lr)]
+def _optimizer(config: TrainConfig, pair: Pair | BlockPair) -> torch.optim.Optimizer:
+    """AdamW over what is trained, every module at its own learning rate."""
     return torch.optim.AdamW(
         [
             {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr}
-            for module, lr in groups
-            if module is not None and any(p.requires_grad for p in module.parameters())
+            for module, lr in pair.groups(config)
+            if any(p.requires_grad for p in module.parameters())
         ],
         weight_decay=0.0,
     )
@@ -311,18 +292,6 @@ def _stop_at(config: TrainConfig, step: int, loss: Tensor, inputs: dict[str, Ten
     )
 
 
-def _settings(config: TrainConfig, target: nn.Module, drafter: nn.Module) -> SteeringConfig:
-    return SteeringConfig.for_models(
-        target.config,
-        drafter.config,
-        names=(public_name(config.target), public_name(config.drafter)),
-        target_layer_ids=config.target_layers,
-        steered_layers=config.steered_layers,
-        rank=config.rank,
-        draft_length=config.k,
-    )
-
-
 def _provenance(config: TrainConfig) -> dict[str, Any]:
     """How a checkpoint was made: the whole configuration, the data's hashes, versions, source commit, date (UTC)."""
     given = dataclasses.asdict(config)
@@ -330,6 +299,6 @@ def _provenance(config: TrainConfig) -> dict[str, Any]:
     given["data"] = [public_name(path) for path in config.data]
     return {
         "command": options.command("train", given),
-        "identity": {"target": fingerprint(config.target), "drafter": fingerprint(config.drafter)},
+        "identity": {name: fingerprint(model) for name in ("target", "drafter") if (model := getattr(config, name))},
         "data_sha256": {public_name(path): sha256(path) for path in config.data},
     } | origin("torch", "transformers")

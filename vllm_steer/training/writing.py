@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import write_json
+from vllm_steer.drafters.block import checkpoint as block_checkpoint
+from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.training.block_pair import BlockPair
 from vllm_steer.training.config import TrainConfig
 from vllm_steer.training.pair import Pair
 
@@ -31,16 +36,31 @@ def rehearse(config: TrainConfig, pair: Pair, tokenizer: Any, stored: torch.dtyp
     Raises SteeringError for an output that cannot be written, a disk that is too small, and a model or tokenizer that
     transformers does not save.
     """
-    output = Path(config.output)
+
+    def attempt(scratch: str) -> None:
+        if config.mode != "steer":
+            pair.drafter.config.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            _original_generation_config(str(config.drafter))
+
+    written = pair if any(p.requires_grad for p in pair.drafter.parameters()) else pair.steering
+    _rehearse(Path(config.output), attempt, pair, written, stored)
+
+
+def rehearse_block(config: TrainConfig, pair: BlockPair, stored: torch.dtype) -> None:
+    """`rehearse` of a block drafter."""
+    _rehearse(Path(config.output), lambda scratch: None, pair, pair, stored)
+
+
+def _rehearse(
+    output: Path, attempt: Callable[[str], None], pair: nn.Module, written: nn.Module | None, stored: torch.dtype
+) -> None:
     there = output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=output) as scratch:
-            if config.mode != "steer":
-                pair.drafter.config.save_pretrained(scratch)
-                tokenizer.save_pretrained(scratch)
-                _original_generation_config(config.drafter)
-        _require_room(output, pair, stored)
+            attempt(scratch)
+        _require_room(output, pair, written, stored)
     except Exception as error:  # transformers raises many unrelated types
         if not there:
             shutil.rmtree(output, ignore_errors=True)
@@ -52,10 +72,9 @@ def rehearse(config: TrainConfig, pair: Pair, tokenizer: Any, stored: torch.dtyp
         ) from error
 
 
-def _require_room(output: Path, pair: Pair, stored: torch.dtype) -> None:
+def _require_room(output: Path, pair: nn.Module, written: nn.Module | None, stored: torch.dtype) -> None:
     trained = sum(p.numel() for p in pair.parameters() if p.requires_grad)
     state = 3 * 4 * trained  # of one checkpoint: float32 weights and Adam's two moments
-    written = pair if any(p.requires_grad for p in pair.drafter.parameters()) else pair.steering
     result = sum(p.numel() for p in written.parameters()) * stored.itemsize if written is not None else 0
     free = shutil.disk_usage(output).free
     if free < state + result:
@@ -70,7 +89,7 @@ def _require_room(output: Path, pair: Pair, stored: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def round_weights(pair: Pair, dtype: torch.dtype) -> None:
+def round_weights(pair: nn.Module, dtype: torch.dtype) -> None:
     """Round what trained to the dtype it is stored in, so that what is measured is what is served."""
     for parameter in pair.parameters():
         if parameter.requires_grad:
@@ -86,7 +105,7 @@ def write(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringCon
         checkpoint.save(output, pair.steering.to(dtype))
     if config.mode != "steer":
         pair.drafter.to(dtype=dtype)  # type: ignore[call-arg]  # in place, as its wrapper does not say
-        _write_drafter(config.drafter, pair.drafter, output)
+        _write_drafter(str(config.drafter), pair.drafter, output)
         tokenizer.save_pretrained(output)
         for path in output.iterdir():  # safetensors writes for the owner alone; servers run as somebody else
             if path.is_file():
@@ -96,6 +115,13 @@ def write(config: TrainConfig, pair: Pair, tokenizer: Any, settings: SteeringCon
     if config.mode == "joint":
         checkpoint.mark(output)
     write_json(output / "acceptance.json", settings.acceptance)
+
+
+def write_block(config: TrainConfig, drafter: BlockDrafter, record: block_checkpoint.Record) -> None:
+    """Write a block drafter to `config.output`."""
+    output = Path(config.output)
+    block_checkpoint.save(output, drafter, record)
+    write_json(output / "acceptance.json", record.acceptance)
 
 
 def _write_drafter(source: str, drafter: PreTrainedModel, output: Path) -> None:
@@ -126,7 +152,7 @@ def set_steering_aside(config: TrainConfig, drafter: PreTrainedModel) -> None:
 
     Raises SteeringError in mode steer: an adapter for it could not be served, the drafter carries its own steering.
     """
-    if not (hasattr(drafter.config, checkpoint.MARKER) or checkpoint.has_steering(config.drafter)):
+    if not (hasattr(drafter.config, checkpoint.MARKER) or checkpoint.has_steering(str(config.drafter))):
         return
     if config.mode == "steer":
         raise SteeringError(

@@ -24,6 +24,7 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import Identity, difference, fingerprint, sampled_fingerprint
 from vllm_steer.data import generate
 from vllm_steer.data.dataset import Row
+from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.ops import hub
 from vllm_steer.training import trainer
 from vllm_steer.training.batches import read_data
@@ -460,7 +461,7 @@ def test_responses_of_another_model_or_template(model: Path, tmp_path: Path, cha
     training = trainer.TrainConfig(
         target=str(model), drafter=str(PAIR / "drafter"), data=(str(output),), output=str(tmp_path / "trained")
     )
-    tokenizer = trainer.load_tokenizer(str(model), str(PAIR / "drafter"))
+    tokenizer = load_tokenizer(str(model), str(PAIR / "drafter"))
     read_data(training, tokenizer)
     recorded = output.with_suffix(".meta.json").read_text()
     old = json.loads(recorded)

@@ -14,7 +14,7 @@ from test_train import folder, mixed_lengths, options  # noqa: F401  (a fixture)
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import only_writer
 from vllm_steer.drafters.steered import checkpoint
-from vllm_steer.training import record, trainer
+from vllm_steer.training import losses, record, trainer
 from vllm_steer.training.config import TrainConfig
 
 RUN = dict(steps=4, save_every=2, mode="steer")
@@ -25,7 +25,7 @@ def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
     """The output of a run that was stopped after its second step."""
     path = tmp_path_factory.mktemp("stopped") / "out"
     calls: list[int] = []
-    jsd = trainer.LOSSES["jsd"]
+    jsd = losses.LOSSES["jsd"]
 
     def stopping(*logits: Any) -> Any:
         calls.append(1)
@@ -34,7 +34,7 @@ def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
         return jsd(*logits)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(trainer.LOSSES, "jsd", stopping)
+        patch.setitem(losses.LOSSES, "jsd", stopping)
         trainer.train(options(folder, path, **RUN))
     assert trainer.last_checkpoint(path) == path / "checkpoints/checkpoint-2"
     return path
@@ -58,7 +58,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     (dict(drafter_lr=0.5), "--drafter-lr was 0.01"),
     (dict(k=2), "--k was 3"),
     (dict(rank=4), "--rank was None"),
-    (dict(target_layers=(0, 1)), "--target-layers was 0 1 2 .* and is 0 1 now"),
+    (dict(target_layers=(0, 1, 3)), "--target-layers was 0 1 2 .* and is 0 1 3 now"),
     (dict(steered_layers=(1,)), "--steered-layers was None"),
     (dict(max_length=12), "--max-length was 1024"),
     (dict(chat_template_kwargs='{"loud": true}'), "--chat-template-kwargs was {}"),
@@ -77,6 +77,7 @@ def test_another_option_is_refused(stopped: Path, folder: Path, tmp_path: Path, 
 
 def test_every_option_is_compared_or_free() -> None:
     compared = {next(iter(changes)) for changes, _ in CHANGES} | {"target", "drafter", "data"}
+    compared |= {"kind", "layers", "anchors", "freeze_base"}  # test_block_training.py
     assert compared | record.FREE == {field.name for field in dataclasses.fields(TrainConfig)}
     assert not compared & record.FREE
 

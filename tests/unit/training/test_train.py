@@ -39,6 +39,8 @@ from vllm_steer.training.batches import read_data
 from vllm_steer.training.config import MODES, TrainConfig
 from vllm_steer.training.pair import Head, Pair, guide_sources, lazy_deltas, response_mask
 
+GUIDE_SOURCES = "vllm_steer.training.pair.guide_sources"
+
 VOCAB = 40
 PAIR = ROOT / "examples/tiny_pair"
 MODELS = ("target", "drafter")
@@ -366,7 +368,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
         (newest / "optimizer.pt").write_bytes(b"torn")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(trainer.LOSSES, "jsd", stopping)
+        patch.setitem(losses.LOSSES, "jsd", stopping)
         trainer.train(options(folder, tmp_path / "parts", **run))
     if torn:
         kill_amid_a_save()
@@ -408,7 +410,7 @@ def first_gradients(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> lis
             seen.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
 
         patch.setattr(torch.optim.AdamW, "step", step)
-        patch.setattr(trainer, "guide_sources", lambda rule, prompts, n, *_: fixed_sources(prompts, n, 2))
+        patch.setattr(GUIDE_SOURCES, lambda rule, prompts, n, *_: fixed_sources(prompts, n, 2))
         trainer.train(config)
     return seen
 
@@ -430,7 +432,7 @@ def test_every_position_of_a_step_weighs_the_same(folder: Path, tmp_path: Path, 
 
 def test_accumulated_and_checkpointed_steps_are_ordinary_steps(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """One offset for all rows, so that two halves of a batch make the same gradient as the whole."""
-    monkeypatch.setattr(trainer, "guide_sources", lambda rule, prompts, length, *_: fixed_sources(prompts, length, 2))
+    monkeypatch.setattr(GUIDE_SOURCES, lambda rule, prompts, n, *_: fixed_sources(prompts, n, 2))
     run = dict(steps=3, lr=1e-3, drafter_lr=1e-3)
     trainer.train(options(folder, tmp_path / "whole", **run))
     trainer.train(options(folder, tmp_path / "halves", **run, batch_size=2, accumulate=2))
@@ -720,7 +722,7 @@ def test_several_devices_are_refused(folder: Path, tmp_path: Path, monkeypatch) 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setitem(trainer.LOSSES, "jsd", lambda t, d: losses.forward_kl(t, d) * float("nan"))
+    monkeypatch.setitem(losses.LOSSES, "jsd", lambda t, d: losses.forward_kl(t, d) * float("nan"))
     with pytest.raises(SteeringError, match="the loss is nan at step 0"):
         trainer.train(options(folder, tmp_path / "out"))
     assert not checkpoint.has_steering(tmp_path / "out")
