@@ -48,7 +48,7 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
     sampling = [sampling_params(s) for s in each(call["sampling"])]
     paths = each(call.get("lora"))
     loras = [path and LoRARequest(path, 1 + paths.index(path), path) for path in paths]
-    if not {"abort", "steer", "kill"} & call.keys():
+    if not {"abort", "steer", "refine", "kill"} & call.keys():
         return llm.generate(prompts, sampling, use_tqdm=False, lora_request=loras)
     engine, last, step = llm.llm_engine, {}, 0
     for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
@@ -58,6 +58,8 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
             engine.abort_request([str(i) for i in call["abort"]["prompts"]])
         if "steer" in call and step == call["steer"]["after"]:
             call["switched"] = llm.collective_rpc("steer", args=(call["steer"]["scale"],))
+        if "refine" in call and step == call["refine"]["after"]:
+            call["switched"] = llm.collective_rpc("refine", args=(call["refine"]["on"],))
         if "kill" in call and step == call["kill"]["after"]:
             import ray
 

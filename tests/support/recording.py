@@ -19,6 +19,10 @@ def record_blocks(model_runner: Any, blocks: list[tuple[str, int, list[int], lis
         blocks.extend(zip(requests, newest, drafts, used, strict=False))
 
     def of_v1(**keys: Any) -> Any:
+        if "common_attn_metadata" not in keys:  # Medusa heads
+            batch, drafts = model_runner.input_batch, original(**keys)
+            append(batch.req_ids, (batch.num_tokens_no_spec[: len(batch.req_ids)] - 1).tolist(), drafts.tolist())
+            return drafts
         last = keys["common_attn_metadata"].query_start_loc[1:] - 1
         if keys["num_rejected_tokens_gpu"] is not None:
             last = last - keys["num_rejected_tokens_gpu"]
@@ -58,6 +62,8 @@ def watch_steering(model_runner: Any, rounds: list[dict[str, Any]]) -> None:
     def propose(*args: Any, **keys: Any) -> Any:
         rows.clear()
         drafts = original(*args, **keys)
+        if v1 and "common_attn_metadata" not in keys:
+            return drafts
         if v1:
             metadata, n = keys["common_attn_metadata"], keys["common_attn_metadata"].batch_size()
             prompt = model_runner.input_batch.num_prompt_tokens[:n]

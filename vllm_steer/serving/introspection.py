@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.serving import admission, patches, patching, plan
+from vllm_steer.serving.block_plan import block_plan
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -92,6 +93,14 @@ def rehearse(target: str, speculative: dict[str, Any], ours: dict[str, Any], **e
 def steered(config: VllmConfig) -> bool:
     """Whether the plugin would steer the drafter of this configuration."""
     return plan.Plan.of(config) is not None
+
+
+def repairs(config: VllmConfig) -> str:
+    """How the drafts of a block drafter would depend on each other, in words."""
+    found = block_plan(config)
+    if found is None or not found.repairs:
+        return "its drafts do not depend on each other"
+    return "each draft knows the one before, by " + ("the approximator" if found.ngram is None else "a bigram")
 
 
 def max_rows(config: VllmConfig) -> int:

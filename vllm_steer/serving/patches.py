@@ -12,16 +12,20 @@ from contextvars import ContextVar
 from pkgutil import resolve_name
 from typing import Any
 
-from vllm_steer.serving import admission, patching, repairs
+from vllm_steer.serving import admission, block_seams, patching, repairs
+from vllm_steer.serving.block_plan import config_of
+from vllm_steer.serving.block_seams import has_medusa
 from vllm_steer.serving.patching import Seam
 from vllm_steer.serving.plan import Plan, tree_of
 
 V1 = "vllm_steer.serving.spec_decode.v1"
 V2 = "vllm_steer.serving.spec_decode.v2"
+BLOCK_V2 = "vllm_steer.serving.spec_decode.block_v2"
 TREE_V1 = "vllm_steer.serving.spec_decode.tree_v1"
 TREE_V2 = "vllm_steer.serving.spec_decode.tree_v2"
 PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"  # vLLM's, of V1
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"  # of V2
+DFLASH = "vllm.v1.spec_decode.dflash:DFlashProposer"
 _being_checked = ContextVar("whether vLLM is checking a VllmConfig", default=False)
 
 
@@ -60,9 +64,19 @@ def _late(place: str) -> Callable[..., Any]:
 def _steered_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def init_speculator(*args: Any, **kwargs: Any) -> Any:
-        return resolve_name(f"{V2}:speculator")(*args, **kwargs) or original(*args, **kwargs)
+        return _speculator(*args, **kwargs) or original(*args, **kwargs)
 
     return init_speculator
+
+
+def _speculator(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    module = V2 if config_of(vllm_config) is None else BLOCK_V2
+    return resolve_name(f"{module}:speculator")(vllm_config, *args, **kwargs)
+
+
+def _block_seam(place: str, make: Callable[[Any], Any], why: str, remove_when: str, **more: Any) -> Seam:
+    module, name = place.split(":")
+    return Seam(module, name, make, _never, why, remove_when, required=False, **({"part": "blocks"} | more))
 
 
 def _rows(module: str, function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -107,7 +121,7 @@ def _tree_seams(runner: str, module: str, places: dict[str, str]) -> list[Seam]:
             remove_when="vLLM serves draft trees",
             runner=runner,
             required=False,
-            trees=True,
+            part="trees",
         )
         for place, function in places.items()
     ]
@@ -132,6 +146,29 @@ def _with_sampling_states(original: Callable[..., Any]) -> Callable[..., Any]:
 
     return initialize_kv_cache
 
+
+MEDUSA = (
+    (
+        _block_seam(
+            "vllm.v1.worker.gpu_model_runner:MedusaProposer",
+            block_seams.refined_medusa,
+            "the V1 runner builds its proposer, and checks isinstance, by this name",
+            "vLLM asks plugins for the proposer of a block drafter",
+            runner="v1",
+            part="medusa",
+        ),
+        _block_seam(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids",
+            block_seams.with_newest_tokens,
+            "vLLM does not tell Medusa heads the newest token of a request",
+            "vLLM's Medusa proposer is given the sampled tokens",
+            runner="v1",
+            part="medusa",
+        ),
+    )
+    if has_medusa()
+    else ()
+)
 
 SEAMS = (
     Seam(
@@ -163,9 +200,7 @@ SEAMS = (
         module="vllm.v1.worker.gpu.model_runner",
         name="init_speculator",
         make=_steered_init_speculator,
-        upstream=functools.partial(
-            patching.join, "vllm.v1.worker.gpu.spec_decode:speculator_factories", _late(f"{V2}:speculator")
-        ),
+        upstream=functools.partial(patching.join, "vllm.v1.worker.gpu.spec_decode:speculator_factories", _speculator),
         why="the V2 runner builds its speculator here",
         remove_when="vLLM asks plugins for the speculator of a configuration",
         needs=_methods(
@@ -269,7 +304,7 @@ SEAMS = (
         why="the rows of a draft tree write to pages of their own, which are lookahead to the scheduler",
         remove_when="vLLM asks the drafter how much lookahead it needs",
         required=False,
-        trees=True,
+        part="trees",
     ),
     *_tree_seams(
         "v1",
@@ -292,4 +327,19 @@ SEAMS = (
             "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__call__": "reject",
         },
     ),
+    _block_seam(
+        "vllm.model_executor.models.registry:ModelRegistry",
+        block_seams.with_treeflash,
+        "the architecture of TreeFlash is not among vLLM's models; nothing of the registry is changed, it is added to",
+        "vLLM serves TreeFlash",
+    ),
+    _block_seam(
+        "vllm.v1.worker.gpu_model_runner:DFlashProposer",
+        block_seams.repaired_dflash,
+        "the V1 runner builds its proposer, and checks isinstance, by this name",
+        "vLLM asks plugins for the proposer of a block drafter",
+        needs=_methods(DFLASH, "set_inputs_first_pass", "_sample_draft_tokens", "_sample_from_logits"),
+        runner="v1",
+    ),
+    *MEDUSA,
 )

@@ -43,7 +43,7 @@ class Seam:
     needs: tuple[str, ...] = ()  # of vLLM, as "module:name": what our side relies on, by either way
     runner: str = "both"  # "both", "v1" or "v2"
     required: bool = True  # False: a repair of vLLM's own, nothing steering depends on
-    trees: bool = False  # draft trees depend on it, nothing else
+    part: str = ""  # "trees", "blocks" or "medusa": these depend on it, nothing else
     alarm: str = ""  # logged when it cannot be applied; the others are asked for by `require`
 
 
@@ -121,16 +121,16 @@ def reach(seam: Seam) -> None:
         _problems[seam] = f"{seam.module} cannot be imported ({error})"
 
 
-def require(v2: bool, trees: bool = False) -> None:
+def require(v2: bool, part: str = "") -> None:
     """Raise SteeringError unless vLLM is a known release and every seam the chosen model runner needs is in place, with
-    `trees` those of draft trees too."""
+    those of `part`."""
     import vllm
 
     remedy = f"install one of these, or set {KILL_SWITCH}=1 to serve the drafter unsteered"
     if not known(vllm.__version__):  # names may stay while their meaning moves
         _require_consent(vllm.__version__, remedy)
     for seam in _table:
-        needed = seam.required or (trees and seam.trees)
+        needed = seam.required or (bool(part) and seam.part == part)
         if not needed or seam.runner not in ("both", "v2" if v2 else "v1"):
             continue
         reach(seam)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.errors import SteeringError, require_positive_int
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.drafters.block.ngram import require_alpha
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 
@@ -35,6 +36,10 @@ class Options:
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
     tree: list[int] | None = None  # children of every node by depth, in place of a chain of drafts
     tree_verification: str = "recursive"  # of sampled drafts, or "coupled"
+    tree_rows: int | None = None  # of a block drafter: rows of a tree, in place of a chain of drafts
+    refine: bool = True  # use the bigram beside a block drafter
+    ngram: str | None = None  # directory with another ngram/
+    alpha: float | None = None  # weight of the bigram, greedy and sampled (default: as it was tuned)
 
     @classmethod
     def read(cls, additional: Any) -> Options:
@@ -50,18 +55,30 @@ class Options:
         options._check()
         return options
 
+    @property
+    def refines(self) -> bool:
+        """Whether something is asked for by name that only block drafters have."""
+        return any(each is not None for each in (self.ngram, self.alpha, self.tree_rows))
+
     def _check(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
             raise SteeringError(f"additional-config {OPTIONS}: scale is {self.scale!r}, allowed is a number")
         if not abs(self.scale) <= MAX_SCALE:
             allowed = f"-{MAX_SCALE} to {MAX_SCALE}"
             raise SteeringError(f"additional-config {OPTIONS}: scale is {self.scale}, allowed is {allowed}")
-        for key in ("draft_graphs", "filter_drafts"):
+        for key in ("draft_graphs", "filter_drafts", "refine"):
             if not isinstance(value := getattr(self, key), bool):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} is {value!r}, allowed are true and false")
-        for key in ("adapter", "revision"):
+        for key in ("adapter", "revision", "ngram"):
             if not isinstance(getattr(self, key), str | None):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")
+        self._check_drafting()
+
+    def _check_drafting(self) -> None:
+        if self.alpha is not None:
+            require_alpha(f"additional-config {OPTIONS}: alpha", self.alpha)
+        if self.tree_rows is not None:
+            require_positive_int(f"additional-config {OPTIONS}: tree_rows", self.tree_rows)
         if self.tree is not None:
             if not isinstance(self.tree, list):
                 raise SteeringError(
@@ -144,14 +161,15 @@ def _refuse_overlooked(vllm_config: VllmConfig) -> None:
 
 def tree_of(vllm_config: VllmConfig) -> TreeShape | None:
     """The tree an engine drafts, as `prepare` admitted it; None: it drafts chains."""
-    found = getattr(getattr(draft_model(vllm_config), "hf_config", None), TREE, None)
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    found = getattr(getattr(draft, "hf_config", None), TREE, None)
     return TreeShape.of(found["widths"]) if isinstance(found, Written) and found else None
 
 
 def rejects_recursively(vllm_config: VllmConfig) -> bool:
     """Whether an engine's trees are sampled and verified by recursive rejection."""
     spec = vllm_config.speculative_config
-    sampled = spec is not None and spec.draft_sample_method == "probabilistic"
+    sampled = spec is not None and spec.method == "draft_model" and spec.draft_sample_method == "probabilistic"
     return sampled and Options.read(vllm_config.additional_config).tree_verification == "recursive"
 
 

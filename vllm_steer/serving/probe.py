@@ -57,14 +57,19 @@ def open_engine(
     seed: int,
     options: dict[str, Any],
     tree: Sequence[int] | None = None,
+    method: str | None = None,
+    rows: int | None = None,
+    blind: bool = False,
 ) -> LLM:
     """An engine to be measured; without a drafter it does not speculate.
 
     `sampled`: whether a request may have a temperature above 0. `options` are further ones of vLLM's. `tree`: children
-    of every node by depth, k deep; None: chains.
+    of every node by depth, k deep; None: chains. `method`: vLLM's, of a block drafter; `rows`: of its trees; `blind`:
+    its drafts do not depend on each other.
     """
-    options = (engine_options.for_trees() if tree is not None else {}) | options
-    ours = {"adapter": adapter, "tree": None if tree is None else list(tree)}
+    options = (engine_options.for_trees() if tree is not None or rows is not None else {}) | options
+    ours: dict[str, Any] = {"adapter": adapter, "tree": None if tree is None else list(tree)}
+    ours |= {"refine": False if blind else None, "tree_rows": rows}
     if ours := {key: value for key, value in ours.items() if value is not None}:
         additional = options.get("additional_config", {})
         options["additional_config"] = additional | {"vllm_steer": additional.get("vllm_steer", {}) | ours}
@@ -76,8 +81,10 @@ def open_engine(
             "model": drafter,
             "num_speculative_tokens": k,
             # Sampled requests lose acceptance with greedy drafts.
-            "draft_sample_method": "probabilistic" if sampled else "greedy",
+            "draft_sample_method": "probabilistic" if sampled and method != "medusa" else "greedy",
         }
+        if method is not None:
+            options["speculative_config"]["method"] = method
     return LLM(
         target,
         **options,

@@ -7,6 +7,8 @@ and the route that reaches it exists in vLLM's development mode only.
         --worker-extension-cls vllm_steer.serving.scale.Switch
     curl 127.0.0.1:8000/collective_rpc -d '{"method": "steer", "kwargs": {"scale": 0}}'
 
+{"method": "refine", "kwargs": {"on": false}} does the same for a block drafter's approximator or bigram.
+
 That mode's routes reach every method of a worker, and vLLM's --api-key does not guard them: keep them from the network.
 
 vLLM's workers take calls between steps, so a batch is drafted with one scale, and all workers change at the same step.
@@ -29,15 +31,32 @@ class Switch:
     model_runner: Any  # the worker's
     rank: int
 
+    def refine(self, on: bool | None = None) -> dict[str, Any]:
+        """Let the drafts of a block depend on each other from the next draft round on, or not; without `on` nothing
+        changes. Returns {"rank", "on"}, or {"rank", "error"} for an engine that has nothing to switch."""
+        repair = getattr(self._drafter, "repair", None)
+        if repair is None:
+            return {"rank": self.rank, "error": "this engine's drafts do not depend on each other"}
+        if on is not None:
+            if not isinstance(on, bool):
+                return {"rank": self.rank, "error": f"on is {on!r}, allowed are true and false"}
+            if on != repair.on:
+                logger.warning("drafts of a block %s each other from now on, on request", "see" if on else "do not see")
+            repair.switch(on)
+        return {"rank": self.rank, "on": repair.on}
+
+    @property
+    def _drafter(self) -> Any:
+        runner = self.model_runner
+        return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+
     def steer(self, scale: float | None = None) -> dict[str, Any]:
         """Multiply every delta by `scale` from the next draft round on; 0 drafts like the plain drafter.
 
         Without `scale` nothing changes. Returns {"rank", "scale"}, or {"rank", "error"} for an engine that is not
         steered or a scale that is no number: what a worker raises would end its engine on some executors.
         """
-        runner = self.model_runner
-        drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-        injection = getattr(drafter, "injection", None)
+        injection = getattr(self._drafter, "injection", None)
         if injection is None:
             return {"rank": self.rank, "error": "this engine is not steered"}
         if scale is not None:

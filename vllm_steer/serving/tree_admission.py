@@ -36,7 +36,7 @@ def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
         raise SteeringError(
             f"the tree {widths} is {shape.depth} deep and num_speculative_tokens is {k}: give both the same length"
         )
-    patching.require(v2=on_v2(vllm_config), trees=True)
+    patching.require(v2=on_v2(vllm_config), part="trees")
     _refuse_unsupported(vllm_config)
     _require_room(vllm_config, shape)
     setattr(spec.draft_model_config.hf_config, TREE, Written(widths=list(widths)))
@@ -69,7 +69,7 @@ def _refuse_unsupported(vllm_config: Any) -> None:
         "ubatching (enable_dbo)": bool(getattr(parallel, "use_ubatching", False)),
         "batch-sharded sampling": getattr(parallel, "enable_batch_sharded_sampling", False),
         "KV connectors (kv_transfer_config)": vllm_config.kv_transfer_config is not None,
-        "parallel drafting": spec.parallel_drafting,
+        "parallel drafting": spec.parallel_drafting and spec.method != "dflash",
         "a draft length that varies (num_speculative_tokens_per_batch_size)": bool(
             getattr(spec, "num_speculative_tokens_per_batch_size", None)
         ),

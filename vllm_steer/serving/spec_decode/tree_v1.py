@@ -41,7 +41,9 @@ ROWS: ContextVar[Rows | None] = ContextVar(
 class TreeRounds(Paged):
     """What a proposer with a tree does in place of drafting chains."""
 
-    def __init__(self, proposer: Any, runner: Any, shape: TreeShape, filters_drafts: bool):
+    sampled = True  # whether drafts may be drawn, where the engine says so
+
+    def __init__(self, proposer: Any, runner: Any, shape: TreeShape, filters_drafts: bool = False):
         say_so(proposer.vllm_config, shape)
         self.shape = shape
         self.rows: Rows | None = None  # of the last target pass, if trees were in it
@@ -49,7 +51,7 @@ class TreeRounds(Paged):
         self._proposer, self._runner = proposer, runner
         self._verifier = Verifier(
             runner.device,
-            sampled=proposer.speculative_config.draft_sample_method == "probabilistic",
+            sampled=self.sampled and proposer.speculative_config.draft_sample_method == "probabilistic",
             filtered=filters_drafts,
             recursive=self._recursive(),
         )
@@ -240,7 +242,7 @@ def fits_in_drafter(original: Callable[..., Any], runner: Any, metadata: Any) ->
     tree = rounds_of(runner)
     if tree is None or metadata is None:
         return original(runner, metadata)
-    others = tree.shape.drafts - tree.shape.depth
+    others = tree.shape.drafts - tree.shape.depth - runner.speculative_config.use_dflash()
     return metadata.max_seq_len - others + tree.shape.depth <= runner.effective_drafter_max_model_len
 
 

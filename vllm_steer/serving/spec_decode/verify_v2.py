@@ -31,9 +31,9 @@ from vllm_steer.serving.trees.recursive import Recursive
 class Verifier:
     """Verifies the trees of an engine, and ranks drafts."""
 
-    def __init__(self, speculator: Any, shape: TreeShape):
+    def __init__(self, speculator: Any, shape: TreeShape, sampled: bool):
         self._speculator = speculator
-        self._sampled = speculator.speculative_config.draft_sample_method == "probabilistic"
+        self._sampled = sampled and speculator.speculative_config.draft_sample_method == "probabilistic"
         self._recursive = None
         if rejects_recursively(speculator.vllm_config):
             self._recursive = Recursive(shape, speculator.max_num_reqs, speculator.vocab_size, speculator.device)

@@ -1,0 +1,132 @@
+"""V1 model runner: vLLM's DFlash and Medusa proposers, whose drafts depend on each other where a plan says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.spec_decode.dflash import DFlashProposer
+
+from vllm_steer.decoding.block_tree import branches
+from vllm_steer.serving.block_plan import block_plan
+from vllm_steer.serving.plan import tree_of
+from vllm_steer.serving.spec_decode.repair import Repair
+from vllm_steer.serving.spec_decode.tree_v1 import TreeRounds
+from vllm_steer.serving.trees.layout import flat
+
+
+class BlockProposer(DFlashProposer):
+    """Stands in for DFlashProposer by name; without a plan nothing of it is changed."""
+
+    repair: Repair | None = None
+    tree: BlockRounds | None = None
+    injection = None  # a block drafter is not steered
+    _newest: Tensor | None = None  # [>= B], the newest token of each request
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
+        super().__init__(vllm_config, device, runner)
+        plan = block_plan(vllm_config)
+        self.repair = Repair(plan, device) if plan is not None and plan.repairs else None
+        if (shape := tree_of(vllm_config)) is not None:
+            self.tree = BlockRounds(self, runner, shape)
+
+    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As vLLM's: drafts [requests, k], or [requests, N] of a tree."""
+        if self.tree is not None:
+            return self.tree.propose(super().propose, *args, **kwargs)
+        return super().propose(*args, **kwargs)
+
+    def set_inputs_first_pass(self, target_token_ids: Tensor, next_token_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's, noting the newest tokens."""
+        self._newest = next_token_ids
+        return super().set_inputs_first_pass(target_token_ids, next_token_ids, *args, **kwargs)
+
+    def _sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+        if self.repair is None:
+            return super()._sample_draft_tokens(hidden_states, sampling_metadata)
+        if self.tree is not None:
+            return self.tree.after_first_pass(hidden_states), None
+        assert self._newest is not None
+        k, drafts, dists = self.num_speculative_tokens, list[Tensor](), list[Tensor]()
+        logits = self.repair.logits(self.model, hidden_states, k, _temperature(sampling_metadata))
+        previous = self._newest[: len(hidden_states) // k].long()
+        for step in range(k):
+            previous, dist = self._sample_from_logits(logits(step, previous), sampling_metadata)
+            previous = previous.long()
+            drafts.append(previous)
+            if dist is not None:
+                dists.append(dist)
+        sampled = torch.stack(dists, 1).flatten(0, 1) if dists else None
+        return torch.stack(drafts, 1).flatten(), sampled
+
+
+class BlockRounds(TreeRounds):
+    """Trees of a block drafter: one pass of it, then rows by `branches`.
+
+    Drafts are greedy; at a temperature the target's own draw decides.
+    """
+
+    sampled = False
+
+    def propose(self, chain_of_one: Callable[..., Tensor], **given: Any) -> Tensor:
+        """Drafts [B, N]; `chain_of_one` is vLLM's `propose`, which makes the pass."""
+        if self.rows is not None:
+            given |= self._shown(self.rows, given)
+        proposer, k = self._proposer, self.shape.depth
+        chain_of_one(**given | {"num_speculative_tokens": k})
+        proposer.num_speculative_tokens = self.shape.drafts
+        assert self._hidden is not None
+        logits = proposer.repair.logits(proposer.model, self._hidden, k, None)
+        newest = given["next_token_ids"][: len(self._hidden) // k]
+        self.rows = self._hidden = None
+        return flat(newest, branches(logits, newest, k, self.shape.leaves))
+
+
+def medusa(original: Any) -> type:
+    """vLLM's MedusaProposer, where it has one, with drafts that depend on each other where a plan says so."""
+
+    class RefinedMedusaProposer(original):
+        repair: Repair | None = None
+        newest: list[int] | None = None  # the newest token of each request, from `with_newest`
+
+        def __init__(self, vllm_config: Any, device: torch.device):
+            super().__init__(vllm_config, device)
+            plan = block_plan(vllm_config)
+            self.repair = Repair(plan, device) if plan is not None and plan.repairs else None
+
+        def propose(
+            self,
+            num_speculative_tokens: int,
+            target_hidden_states: Tensor,
+            sampling_metadata: Any,
+            slot_mappings: Any = None,
+        ) -> Tensor:
+            """As vLLM's: greedy drafts [B, k]."""
+            if self.repair is None:
+                return super().propose(num_speculative_tokens, target_hidden_states, sampling_metadata, slot_mappings)
+            blind = torch.stack(self.model.compute_logits(self.model(target_hidden_states)), 1)
+            logits = self.repair.over(blind, _temperature(sampling_metadata))
+            # vLLM's path of Medusa heads has these tokens on the host already.
+            previous, drafts = torch.tensor(self.newest, device=blind.device), []
+            for step in range(num_speculative_tokens):
+                previous = logits(step, previous).argmax(-1)
+                drafts.append(previous)
+            return torch.stack(drafts, 1)
+
+    return RefinedMedusaProposer
+
+
+def with_newest(runner: Any, sampled_token_ids: Any) -> None:
+    """Tell a Medusa proposer the newest token of each request; sampled_token_ids: a list of tokens for each."""
+    if getattr(runner.drafter, "repair", None) is not None and isinstance(sampled_token_ids, list):
+        batch = runner.input_batch
+        runner.drafter.newest = [
+            tokens[-1] if tokens else int(batch.token_ids_cpu[i, batch.num_tokens_no_spec[i] - 1])
+            for i, tokens in enumerate(sampled_token_ids)
+        ]
+
+
+def _temperature(sampling_metadata: Any) -> Tensor | None:
+    return None if sampling_metadata.all_greedy else sampling_metadata.temperature
