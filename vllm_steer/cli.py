@@ -29,8 +29,13 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
     ),
     "train": (
         "vllm_steer.training.trainer",
-        "train a steering, alone or with its drafter",
+        "train a steering, alone or with its drafter, or a block drafter",
         "--target T --drafter D --data responses.jsonl --output ./drafter-steered",
+    ),
+    "ngram": (
+        "vllm_steer.training.ngram",
+        "count a bigram from responses and put it beside a block drafter, with the weight that serves best",
+        "--target T --drafter ./dflash --data responses.jsonl",
     ),
     "bench": (
         "vllm_steer.bench.run",
@@ -138,9 +143,11 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         sub.set_defaults(function=function, verb=name)
         return sub
 
-    sub = verb("check", _check, "load a steered checkpoint or adapter, validate it and say what it is",
+    sub = verb("check", _check, "load a steered checkpoint, adapter or block drafter, validate it and say what it is",
                "./drafter-steered --target Qwen/Qwen3-8B")  # fmt: skip
-    sub.add_argument("directory", metavar="DIR", help="directory or hub id with a steering/ folder")
+    sub.add_argument(
+        "directory", metavar="DIR", help="directory or hub id with a steering/ folder, or a block drafter's directory"
+    )
     sub.add_argument("--target", help="check that it fits this target: directory or hub id")
     sub.add_argument("--drafter", help="check that it fits this drafter (default: the model in DIR, if there is one)")
 
@@ -168,9 +175,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from vllm_steer.drafters.block.config import is_block_drafter
     from vllm_steer.drafters.steered import checkpoint
 
     directory = checkpoint.resolve(args.directory)
+    if is_block_drafter(directory):
+        from vllm_steer.ops import block
+
+        print(block.describe(directory, args.target))
+        return
     config = checkpoint.load(directory).config
     whole = checkpoint.has_drafter(directory)
     drafter = args.drafter or (directory if whole else None)

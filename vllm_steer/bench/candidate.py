@@ -25,11 +25,15 @@ from vllm_steer.bench import block_counting
 from vllm_steer.common import provenance
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.drafters.block import ngram
+from vllm_steer.drafters.block.config import METHODS, BlockConfig, is_block_drafter
 from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 TREE_MARK = "@tree:"
+ROWS_MARK = "@rows:"  # of a block drafter: draft trees of so many rows
+BLIND_MARK = "@blind"  # of a block drafter: its drafts do not depend on each other
 NONE = "none"  # the name of the contender without speculation
 WARM_UP = 16  # tokens
 
@@ -62,28 +66,48 @@ class Contender:
     drafter: str | None = None
     adapter: str | None = None
     tree: tuple[int, ...] | None = None  # children of every node by depth; None: chains
+    rows: int | None = None  # of a block drafter: draft trees of so many rows
+    blind: bool = False  # of a block drafter: without its approximator or bigram
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, either with @tree:W,W,... at its end."""
+        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with @tree:W,W,... or, of a block drafter, @rows:L and @blind."""
         name, equals, value = text.partition("=")
+        blind, value = value.endswith(BLIND_MARK), value.removesuffix(BLIND_MARK)
+        value, _, count = value.partition(ROWS_MARK)
+        rows = None if not count else int(count) if count.isdigit() and int(count) else -1
         value, marked, widths = value.partition(TREE_MARK)
         tree = TreeShape.parse(widths).widths if marked else None
-        if not equals or not value or not re.fullmatch(r"[\w.-]+", name):
+        if not equals or not value or rows == -1 or not re.fullmatch(r"[\w.-]+", name):
             raise SteeringError(
                 f"--drafters has {text!r}, allowed is NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with a name of letters, "
-                f"digits and . _ -, and {TREE_MARK}W,W,... at the end for draft trees"
+                f"digits and . _ -, and at the end {TREE_MARK}W,W,... for draft trees; of a block drafter {ROWS_MARK}L "
+                f"for trees of L rows, {BLIND_MARK} for drafts that do not depend on each other"
             )
         adapter, plus, drafter = value.partition("+")
         if plus and not Path(value).exists():
             return cls(name, drafter, adapter, tree)
-        return cls(name, value, tree=tree)
+        return cls(name, value, tree=tree, rows=rows, blind=blind)
+
+    @property
+    def method(self) -> str | None:
+        """vLLM's `method` of a block drafter; None for whole language models."""
+        if self.drafter is None or not is_block_drafter(self.drafter):
+            return None
+        return METHODS[BlockConfig.read(self.drafter).kind]
 
     def drafts(self, k: int) -> int:
         """Draft tokens of a block of depth k, as vLLM counts them: for a tree those of all rows."""
         if self.drafter is None:
             return 0
-        return k if self.tree is None else TreeShape.of(self.tree).drafts
+        shape = self.shape(k)
+        return k if shape is None else shape.drafts
+
+    def shape(self, k: int) -> TreeShape | None:
+        """The rows of its trees, None for chains."""
+        if self.tree is not None:
+            return TreeShape.of(self.tree)
+        return None if self.rows is None else TreeShape((self.rows, *[1] * (k - 1)))
 
     @property
     def steering(self) -> Path | None:
@@ -102,6 +126,12 @@ class Contender:
         """
         if self.drafter is None:
             return None
+        if self.method is not None:
+            BlockConfig.read(self.drafter).check_target(target)
+            return None
+        if self.blind or self.rows:
+            mark = BLIND_MARK if self.blind else ROWS_MARK
+            raise SteeringError(f"{self.name} has {mark}, and {self.drafter} is no block drafter: drop {mark}")
         if checkpoint.has_steering(self.drafter) and not checkpoint.has_drafter(self.drafter):
             raise SteeringError(
                 f"{self.drafter} is an adapter: give its base drafter as well, {self.name}={self.drafter}+DRAFTER"
@@ -119,7 +149,16 @@ class Contender:
             "adapter": self.adapter,
             "drafter_weights": provenance.fingerprint(self.drafter) if self.drafter else None,
             "steering_weights": provenance.fingerprint(steering) if steering else None,
-        } | ({"tree": list(self.tree)} if self.tree else {})
+        } | self._variant()
+
+    def _variant(self) -> dict[str, Any]:
+        """What an identity has only where it is so, so that older results stay the same."""
+        found: dict[str, Any] = {"tree": list(self.tree)} if self.tree else {}
+        if self.drafter is not None and self.method is not None:
+            table = Path(self.drafter) / ngram.FOLDER
+            found |= {"blind": self.blind, "rows": self.rows}
+            found["ngram_weights"] = provenance.fingerprint(table) if ngram.has_ngram(self.drafter) else None
+        return found
 
 
 def measure_in_a_process(contender: Contender, settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -179,6 +218,9 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
         seed=settings["seed"],
         options=settings["engine"],
         tree=contender.tree,
+        method=contender.method,
+        rows=contender.rows,
+        blind=contender.blind,
     )
     try:
         own = probe.own_sampling(llm) if settings["sampling"] == "served" else {}

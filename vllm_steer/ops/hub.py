@@ -22,8 +22,12 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import CONFIG_FILES, TOKENIZER_FILES, difference, fingerprint
 from vllm_steer.common.options import option
 from vllm_steer.common.redaction import redact
+from vllm_steer.drafters.block import checkpoint as block_checkpoint
+from vllm_steer.drafters.block import ngram
+from vllm_steer.drafters.block.config import is_block_drafter
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig
+from vllm_steer.ops import block
 from vllm_steer.serving.kill_switch import KILL_SWITCH
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,11 @@ FILES = (  # patterns of the files of a checkpoint; nothing else is uploaded
 )
 FOLDERS = {
     checkpoint.FOLDER: tuple(f"{checkpoint.FOLDER}/{name}" for name in checkpoint.FILES),
+    block_checkpoint.RECORD: (
+        f"{block_checkpoint.RECORD}/config.json",
+        f"{block_checkpoint.RECORD}/golden.safetensors",
+    ),
+    ngram.FOLDER: (f"{ngram.FOLDER}/config.json", f"{ngram.FOLDER}/model.safetensors"),
     "additional_chat_templates": ("additional_chat_templates/*.jinja",),
 }
 OURS = "<!-- written by vllm-steer push -->"  # a card without this line was written by hand and is kept
@@ -53,7 +62,7 @@ OURS = "<!-- written by vllm-steer push -->"  # a card without this line was wri
 class PushConfig:
     """One upload; the command line is made from these fields."""
 
-    directory: str = option(MISSING, "steered drafter or adapter to share")
+    directory: str = option(MISSING, "steered drafter, adapter or block drafter to share")
     repo: str = option(MISSING, "hub repository, OWNER/NAME; made if it does not exist")
     bench: tuple[str, ...] = option(
         (), "output directories of `vllm-steer bench` whose tables go into the card", nargs="+", type=str
@@ -129,6 +138,10 @@ def belongings(directory: Path) -> tuple[list[str], list[str]]:
 
 def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name: str | None = None) -> str:
     """The model card of a checkpoint that loads, with the tables of benchmarks of exactly this steering."""
+    if is_block_drafter(directory):
+        if benches:
+            raise SteeringError("--bench is for steered drafters: give the table of a block drafter by hand")
+        return block.card(directory, repo, license_name)
     config = checkpoint.load(directory).config
     names = {
         role: dataclasses.replace(getattr(config, role), name=redact(getattr(config, role).name)) for role in ROLES

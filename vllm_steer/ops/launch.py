@@ -20,9 +20,11 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.options import json_object
 from vllm_steer.common.redaction import redact_words
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.drafters.block.config import BlockConfig, is_block_drafter
 from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
+from vllm_steer.ops import block
 
 DRAFT_LENGTH = 5  # for a checkpoint that does not record its draft length
 SAMPLING = "probabilistic"  # drafts at the request's temperature, as training measures; at 0 it is vLLM's default
@@ -38,7 +40,7 @@ class UnknownModel(SteeringError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vllm-steer serve`; all others are vLLM's."""
-    parser.add_argument("directory", metavar="DIR", help="steered checkpoint or adapter: directory or hub id")
+    parser.add_argument("directory", metavar="DIR", help="steered checkpoint, adapter or block drafter")
     parser.add_argument("--target", "--model", help="directory or hub id (default: the one recorded in DIR)")
     parser.add_argument(
         "--drafter", help="drafter to steer, for an adapter or in place of the one in DIR (default: the recorded one)"
@@ -47,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tree",
         metavar="W,W,...",
         help="draft trees: children of every node by depth, e.g. 4,1,1,1,1 (default: chains); docs/trees.md says when",
+    )
+    parser.add_argument(
+        "--tree-rows", type=int, metavar="L", help="draft trees of a block drafter: rows of each (default: a chain)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
     parser.epilog = (parser.epilog or "") + (
@@ -57,14 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`vllm-steer serve`: print the command, then replace this process with it."""
-    words = command(args.directory, args.rest, args.target, args.drafter, args.tree)
+    words = command(args.directory, args.rest, args.target, args.drafter, args.tree, args.tree_rows)
     print(shlex.join(words if args.dry_run else redact_words(words, paths=True)), flush=True)
     if not args.dry_run:
         os.execv(words[0], words)
 
 
 def command(
-    directory: str, rest: list[str], target: str | None = None, drafter: str | None = None, tree: str | None = None
+    directory: str,
+    rest: list[str],
+    target: str | None = None,
+    drafter: str | None = None,
+    tree: str | None = None,
+    tree_rows: int | None = None,
 ) -> list[str]:
     """The words of the `vllm serve` that serves a checkpoint; `rest` are vLLM's options as typed.
 
@@ -72,6 +82,10 @@ def command(
     weights are read.
     """
     folder = checkpoint.resolve(directory)
+    if is_block_drafter(folder):
+        return _block_command(folder, rest, target, tree_rows, {"--drafter": drafter, "--tree": tree})
+    if tree_rows is not None:
+        raise SteeringError(f"--tree-rows is {tree_rows}, and {directory} is no block drafter: give --tree")
     config = SteeringConfig.read(folder / checkpoint.FOLDER / "config.json")
     given, rest = take_json(rest)
     spec = {k.replace("-", "_"): v for k, v in given[SPECULATIVE].items()}
@@ -91,6 +105,28 @@ def command(
         merge(wanted := {"vllm_steer": {"adapter": directory}}, additional)
         additional = wanted
     options += ["--additional-config", json.dumps(additional)] if additional else []
+    return [*vllm_command(target), *options, *rest]
+
+
+def _block_command(
+    folder: Path, rest: list[str], target: str | None, rows: int | None, others: dict[str, str | None]
+) -> list[str]:
+    """`command` for a block drafter, which does not have the `others`."""
+    for option, given in others.items():
+        if given is not None:
+            raise SteeringError(
+                f"{option} is {given}, and {folder} is a block drafter, which does not have that: drop it"
+            )
+    config = BlockConfig.read(folder)
+    asked, rest = take_json(rest)
+    spec = {k.replace("-", "_"): v for k, v in asked[SPECULATIVE].items()}
+    target, target_config = block.target_of(folder, target)
+    config.check_target(target_config)
+    options = ["--speculative-config", json.dumps(block.speculative(folder, config) | spec)]
+    if rows is not None:
+        merge(asked[ADDITIONAL], {"vllm_steer": {"tree_rows": rows}})
+        rest = _with_block_size(rest)
+    options += ["--additional-config", json.dumps(asked[ADDITIONAL])] if asked[ADDITIONAL] else []
     return [*vllm_command(target), *options, *rest]
 
 

@@ -12,12 +12,17 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_steer.common.engine_options import for_trees
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.identity import difference, fingerprint
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.drafters.block import checkpoint as block_checkpoint
+from vllm_steer.drafters.block.config import BlockConfig, is_block_drafter
 from vllm_steer.drafters.models import text_config
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.drafters.tokenizer import compare_tokenizers, require_embeddings
+from vllm_steer.ops import block
 from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Finding
 from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of
 from vllm_steer.serving import introspection, patching
@@ -88,10 +93,37 @@ def seam_places(case: Case) -> Iterable[Finding]:
 
 def steering_weights(case: Case) -> Iterable[Finding]:
     """Files, shapes, finite values, golden deltas: everything the server will check when it loads it."""
+    if is_block_drafter(checkpoint.resolve(case.checkpoint)):
+        yield from _block_drafter(case)
+        return
     config = checkpoint.load_steering(case.checkpoint).config
     case.config = config
     steered = f"{config.num_steered} of {config.drafter.num_hidden_layers} drafter layers"
     yield Finding("checkpoint", OK, f"weights and golden deltas agree; {config.rank_text}, for {steered}")
+
+
+def _block_drafter(case: Case) -> Iterable[Finding]:
+    """A block drafter: its files, its target, and whether vLLM and the plugin accept both."""
+    folder = checkpoint.resolve(case.checkpoint)
+    yield Finding(
+        "checkpoint", OK, block.describe(folder, None).splitlines()[0] + "; weights agree with what is on record"
+    )
+    try:
+        case.target, case.target_config = block.target_of(folder, case.target)
+    except SteeringError as error:
+        yield Finding("target", SKIPPED, str(error))
+        return
+    config = BlockConfig.read(folder)
+    config.check_target(case.target_config)
+    record = block_checkpoint.read_record(folder)
+    if record is not None and (what := difference(record.fingerprint, fingerprint(case.target))):
+        yield Finding("target", WARNING, f"{case.target} is not the model that the drafter was trained with: {what}")
+    else:
+        yield Finding("target", OK, f"{case.target} fits")
+    engine = {name: getattr(case, name) for name in ("tensor_parallel_size", "max_num_seqs", "max_model_len")}
+    found = introspection.rehearse(case.target, block.speculative(folder, config), {}, **engine)
+    runner = "V2" if found.use_v2_model_runner else "V1"
+    yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner; {introspection.repairs(found)}")
 
 
 def drafter(case: Case) -> Iterable[Finding]:
