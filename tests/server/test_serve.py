@@ -62,6 +62,20 @@ def test_serves_steered_and_lossless(prompts: list[str], tmp_path: Path) -> None
     assert counters["per_position"] == sorted(counters["per_position"], reverse=True)
 
 
+def test_serves_a_block_drafter_with_compiled_layers(prompts: list[str], tmp_path: Path) -> None:
+    from openai import OpenAI
+
+    spec = {"method": "dflash", "model": str(PAIR / "treeflash"), "num_speculative_tokens": K}
+    with serve(PAIR / "target", tmp_path / "log", *OPTIONS, speculative=spec, env=ENV, timeout=240) as server:
+        client = OpenAI(base_url=server.url + "/v1", api_key="none", timeout=60)
+        common = {"model": str(PAIR / "target"), "max_tokens": MAX_TOKENS, "temperature": 0}
+        texts = [client.completions.create(prompt=prompt, **common).choices[0].text for prompt in prompts]
+        counters = server.counters()
+    assert texts == greedy_texts(prompts)
+    assert "each draft of a block knows the one before, by its approximator" in (tmp_path / "log").read_text()
+    assert counters["accepted"] > 0.6 * counters["drafts"], counters
+
+
 def test_damaged_checkpoint_starts_no_server(tmp_path: Path) -> None:
     shutil.copytree(PAIR / "steered", tmp_path / "steered")
     weights = tmp_path / "steered" / "steering" / "model.safetensors"

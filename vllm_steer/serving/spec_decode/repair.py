@@ -59,11 +59,11 @@ class Repair:
         """The same from blind logits [B, k, V]."""
         if (table := self._table) is None:
             return lambda step, previous: _rows(blind[:, step], previous)
-        alpha: Tensor = self._weights[0]
+        alpha = self._weights[:1].expand(len(blind))
         if temperature is not None:
-            alpha = torch.where(temperature < _GREEDY_BELOW, self._weights[0], self._weights[1])[:, None]
-        alpha = alpha * self._gate
-        return lambda step, previous: rescored(_rows(blind[:, step], previous), previous, table, alpha)
+            alpha = torch.where(temperature < _GREEDY_BELOW, self._weights[0], self._weights[1])
+        alpha = (alpha * self._gate)[:, None]
+        return lambda step, previous: rescored(_rows(blind[:, step], previous), previous, table, _rows(alpha, previous))
 
 
 def _rows(of_request: Tensor, previous: Tensor) -> Tensor:
