@@ -3,9 +3,10 @@
     python examples/demo.py                     the tiny pair of this repository, held-out prompts
     python examples/demo.py --pair qwen         Qwen2.5-Coder 1.5B / 0.5B, chat
     python examples/demo.py --pair DIR          your own: DIR/target, DIR/drafter, and DIR/steered or DIR/adapter
+    python examples/demo.py --blocks            with the pair's block drafters as well: DIR/dflash, DIR/treeflash
 
 Every answer is streamed through the `openai` client, one request at a time. Acceptance is read from the server's own
-/metrics. Exit code 0 only if the steered server says that it steers and greedy text is the same in all three.
+/metrics. Exit code 0 only if the steered server says that it steers and greedy text is the same in all of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ TINY = HERE / "tiny_pair"
 QWEN = Path.home() / ".cache" / "vllm-steer" / "qwen_pair"  # where qwen_pair/assemble.py writes
 ZERO_RANK = 64
 UNSPECULATED = "no speculation"
+BLOCKS = {"DFlash, bigram": "dflash", "TreeFlash": "treeflash"}  # a drafter each, in a directory of the pair
 WARM_UP = "Hello, this is the warm-up."
 QUESTIONS = (
     "Write a Python function that merges two sorted lists.",
@@ -174,10 +176,13 @@ def count(row: Row, before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def run(name: str, pair: Pair, args: argparse.Namespace, logs: Path) -> Row:
-    """Start one of the three servers, measure it, stop it."""
+    """Start one of the servers, measure it, stop it."""
     steered = name == "steered drafter"
     drafter = pair.steered if steered and not pair.adapter else pair.drafter
     speculative = {"model": str(drafter), "num_speculative_tokens": args.k} if name != UNSPECULATED else None
+    if name in BLOCKS:
+        speculative = {"method": "dflash", "model": str(pair.target.parent / BLOCKS[name])}
+        speculative["num_speculative_tokens"] = args.k
     additional = {"vllm_steer": {"adapter": str(pair.steered)}} if steered and pair.adapter else None
     options = ["--dtype", "float32", "--max-model-len", str(pair.max_model_len), "--max-num-seqs", "8"]
     if not has_gpu():
@@ -218,7 +223,7 @@ def report(rows: list[Row], k: int) -> None:
 
 def verdict(rows: list[Row], greedy: bool) -> list[str]:
     """What is wrong with the result; empty when nothing is."""
-    alone, _, steered = rows
+    alone, _, steered = rows[:3]
     wrong = [] if steered.proof else ["the steered server never said that steering is on"]
     if steered.drafts == 0:
         wrong.append("the steered server drafted nothing")
@@ -230,13 +235,14 @@ def verdict(rows: list[Row], greedy: bool) -> list[str]:
         if differ:
             wrong.append(f"{row.name}: text differs from no speculation for prompts {differ}")
     if not wrong:
-        print(f"\nsame text from all three servers for all {len(alone.texts)} prompts: yes")
+        print(f"\nsame text from all {len(rows)} servers for all {len(alone.texts)} prompts: yes")
     return wrong
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="tiny", help="tiny, qwen, or a directory (default: tiny)")
+    parser.add_argument("--blocks", action="store_true", help="serve the pair's block drafters as well")
     parser.add_argument("--k", type=int, default=5, help="draft tokens per block (default: 5)")
     parser.add_argument("--prompts", type=int, help="how many prompts (default: 12, qwen 3)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (default: 48, qwen 64)")
@@ -252,7 +258,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the three servers; returns the exit code."""
+    """Run the servers; returns the exit code."""
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
     logs = Path(tempfile.mkdtemp(prefix="vllm-steer-demo-"))
@@ -263,7 +269,9 @@ def main() -> int:
         print(f"pair: {args.pair}; {pair.note}\nserver logs: {logs}")
         if not has_gpu() and not can_compile():
             print("no C++ compiler or no Python headers here: vLLM runs with --enforce-eager, not compiled")
-        names = (UNSPECULATED, "plain drafter", "steered drafter")
+        names = [UNSPECULATED, "plain drafter", "steered drafter"]
+        if args.blocks:
+            names += [name for name, part in BLOCKS.items() if (pair.target.parent / part / "config.json").is_file()]
         rows = [run(name, pair, args, logs) for name in names]
     except (ServerError, SteeringError, OpenAIError, OSError, subprocess.CalledProcessError) as error:
         print(f"\ndemo failed: {error}\nserver logs: {logs}", file=sys.stderr)
