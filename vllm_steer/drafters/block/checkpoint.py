@@ -78,7 +78,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> BlockDraf
     """
     directory = Path(directory)
     config = BlockConfig.read(own_file(directory / CONFIG, directory).parent)
-    drafter = BlockDrafter(config, device="meta")
+    drafter = _shaped(config)
     wanted = {name: tuple(x.shape) for name, x in file_tensors(drafter).items()}
     found = _read(directory, config, wanted)
     prefix = "model." if config.kind == "dflash" else ""
@@ -87,6 +87,17 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> BlockDraf
         _check_golden(own_file(directory / RECORD / GOLDEN, directory), drafter)
         read_record(directory)
     return drafter.requires_grad_(False)
+
+
+def _shaped(config: BlockConfig) -> BlockDrafter:
+    """A drafter without values. Raises SteeringError for a config of which none can be made."""
+    try:
+        return BlockDrafter(config, device="meta")
+    except SteeringError:
+        raise
+    except Exception as error:  # a wrong value surfaces as whatever it breaks first, in transformers or torch
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SteeringError(f"{config.where} describes no drafter that could be ({reason}): copy it again") from None
 
 
 def read_record(directory: str | Path) -> Record | None:

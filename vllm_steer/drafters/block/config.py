@@ -143,7 +143,8 @@ class BlockConfig:
                 **{key: value for key, value in self.raw.items() if key not in ("architectures", "dtype")}
             )
         except Exception as error:  # a wrong value surfaces as whatever it breaks first
-            raise SteeringError(f"{self.where} does not describe Qwen3 layers ({error}): copy it again") from None
+            reason = " ".join(str(error).split())[:300]
+            raise SteeringError(f"{self.where} does not describe Qwen3 layers ({reason}): copy it again") from None
 
     def check_target(self, target: Any) -> None:
         """Raise SteeringError unless it fits a target, given by its transformers config."""
