@@ -14,6 +14,7 @@ from vllm_steer.serving.block_plan import block_plan
 from vllm_steer.serving.plan import tree_of
 from vllm_steer.serving.spec_decode.repair import Repair
 from vllm_steer.serving.spec_decode.tree_v1 import TreeRounds
+from vllm_steer.serving.trees.drafting import weighed
 from vllm_steer.serving.trees.layout import flat
 
 
@@ -65,23 +66,25 @@ class BlockProposer(DFlashProposer):
 class BlockRounds(TreeRounds):
     """Trees of a block drafter: one pass of it, then rows by `branches`.
 
-    Drafts are greedy; at a temperature the target's own draw decides.
+    Sampled drafts take the noise that the target draws with; greedy ones are the most probable tokens. Either way the
+    target's own draw decides.
     """
-
-    sampled = False
 
     def propose(self, chain_of_one: Callable[..., Tensor], **given: Any) -> Tensor:
         """Drafts [B, N]; `chain_of_one` is vLLM's `propose`, which makes the pass."""
         if self.rows is not None:
             given |= self._shown(self.rows, given)
-        proposer, k = self._proposer, self.shape.depth
+        proposer, k, sampling = self._proposer, self.shape.depth, given["sampling_metadata"]
         chain_of_one(**given | {"num_speculative_tokens": k})
         proposer.num_speculative_tokens = self.shape.drafts
         assert self._hidden is not None
-        logits = proposer.repair.logits(proposer.model, self._hidden, k, None)
-        newest = given["next_token_ids"][: len(self._hidden) // k]
+        requests = len(self._hidden) // k
+        self._verifier.meet(self._runner.input_batch.req_ids, self._runner.requests)
+        newest, at = given["next_token_ids"][:requests], proposer.positions[: requests * (k + 1) : k + 1].clone()
+        rank = weighed(self._verifier.rank(sampling, at), at, _temperature(sampling))
+        logits = proposer.repair.logits(proposer.model, self._hidden, k, _temperature(sampling))
         self.rows = self._hidden = None
-        return flat(newest, branches(logits, newest, k, self.shape.leaves))
+        return flat(newest, branches(logits, newest, k, self.shape.leaves, rank))
 
 
 def medusa(original: Any) -> type:

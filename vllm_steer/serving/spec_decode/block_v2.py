@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
-from vllm_steer.decoding.block_tree import branches
+from vllm_steer.decoding.block_tree import Logits, branches
 from vllm_steer.serving.block_plan import block_plan
 from vllm_steer.serving.plan import tree_of
 from vllm_steer.serving.spec_decode.repair import Repair
 from vllm_steer.serving.spec_decode.tree_v2 import TreeRounds
+from vllm_steer.serving.trees.drafting import weighed
 from vllm_steer.serving.trees.layout import flat
 
 
@@ -62,20 +64,30 @@ class BlockSpeculator(DFlashSpeculator):
 
 
 class BlockRounds(TreeRounds):
-    """Trees of a block drafter: greedy rows; at a temperature the target's own draw decides."""
+    """Trees of a block drafter: one pass of it, then rows by `branches`.
 
-    sampled = False
+    Sampled drafts take the noise that the target draws with; greedy ones are the most probable tokens. Either way the
+    target's own draw decides.
+    """
+
+    def rows_of(self, logits: Logits, requests: Sequence[str], newest: Tensor, at: Tensor, states: Tensor) -> Tensor:
+        """Paths [B, L, k] after the tokens newest [B] at positions `at` [B]; states [B]: how vLLM numbers requests."""
+        heat = self._speculator.temperature[states]
+        rank = weighed(self._verifier.rank(requests, at, states), at, heat)
+        return branches(logits, newest, self.shape.depth, self.shape.leaves, rank)
 
 
 class BlockTreeSpeculator(BlockSpeculator):
-    """One pass of the drafter, then rows by `branches`."""
+    """Drafts trees."""
 
     def __init__(self, vllm_config: Any, device: torch.device):
         super().__init__(vllm_config, device)
         shape = tree_of(vllm_config)
         assert shape is not None
+        self._probabilistic = self.draft_logits is not None
         self.tree = BlockRounds(self, shape)
         self._paths: Tensor | None = None
+        self._requests: Sequence[str] = ()
         # To vLLM a block has all drafts of all rows; its pass has the newest token and k masks.
         self.num_speculative_steps, self.num_query_per_req = shape.depth, 1 + shape.depth
 
@@ -96,6 +108,7 @@ class BlockTreeSpeculator(BlockSpeculator):
         """As vLLM's: drafts [B, N]."""
         if not dummy_run:
             input_batch, aux_hidden_states, num_rejected = self.tree.shown(input_batch, aux_hidden_states, num_rejected)
+        self._requests = input_batch.req_ids
         rest = (last_hidden_states, aux_hidden_states, num_sampled, num_rejected, last_sampled, *args)
         drafts = super().propose(  # type: ignore[misc]  # the others are passed on
             input_batch, attn_metadata, slot_mappings, *rest, dummy_run=dummy_run, **kwargs
@@ -107,9 +120,12 @@ class BlockTreeSpeculator(BlockSpeculator):
 
     def _generate_draft(self, num_reqs: int, *args: Any, **kwargs: Any) -> None:
         out, k, per = self._run_model(*args, **kwargs), self.num_speculative_steps, self.num_query_per_req
-        logits = self.repair.logits(self.model, out[self.sample_indices[: num_reqs * k]], k, None)
-        newest = self.input_buffers.input_ids[: num_reqs * per : per].long()
-        self._paths = branches(logits, newest, k, self.tree.shape.leaves)
+        states = self.sample_idx_mapping[: num_reqs * k : k].clamp(min=0)  # -1 in dummy runs
+        heat = self.temperature[states] if self._probabilistic else None
+        logits = self.repair.logits(self.model, out[self.sample_indices[: num_reqs * k]], k, heat)
+        buffers = self.input_buffers
+        newest, at = (x[: num_reqs * per : per].long() for x in (buffers.input_ids, buffers.positions))
+        self._paths = self.tree.rows_of(logits, self._requests[:num_reqs], newest, at, states)
 
 
 def speculator(vllm_config: Any, device: torch.device, *args: Any, **kwargs: Any) -> Any:

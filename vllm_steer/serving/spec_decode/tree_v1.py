@@ -41,8 +41,6 @@ ROWS: ContextVar[Rows | None] = ContextVar(
 class TreeRounds(Paged):
     """What a proposer with a tree does in place of drafting chains."""
 
-    sampled = True  # whether drafts may be drawn, where the engine says so
-
     def __init__(self, proposer: Any, runner: Any, shape: TreeShape, filters_drafts: bool = False):
         say_so(proposer.vllm_config, shape)
         self.shape = shape
@@ -51,7 +49,7 @@ class TreeRounds(Paged):
         self._proposer, self._runner = proposer, runner
         self._verifier = Verifier(
             runner.device,
-            sampled=self.sampled and proposer.speculative_config.draft_sample_method == "probabilistic",
+            sampled=proposer.speculative_config.draft_sample_method == "probabilistic",
             filtered=filters_drafts,
             recursive=self._recursive(),
         )

@@ -35,15 +35,13 @@ from vllm_steer.serving.trees.requests import looks_back
 class TreeRounds(Paged):
     """What a speculator with a tree does in place of drafting chains."""
 
-    sampled = True  # whether drafts may be drawn, where the engine says so
-
     def __init__(self, speculator: Any, shape: TreeShape):
         say_so(speculator.vllm_config, shape)
         self.shape = shape
         self._speculator = speculator
         self._alone: set[str] = set()
         self._hidden: Tensor | None = None  # of the first draft pass, [B, H]
-        self._verifier = Verifier(speculator, shape, self.sampled)
+        self._verifier = Verifier(speculator, shape)
         speculator.draft_logits = None  # vLLM's buffer for the draft distributions of chains
         most = speculator.max_num_reqs * shape.leaves
         self._begin = torch.arange(most + 1, dtype=torch.int32, device=speculator.device)

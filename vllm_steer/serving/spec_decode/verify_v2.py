@@ -31,9 +31,9 @@ from vllm_steer.serving.trees.recursive import Recursive
 class Verifier:
     """Verifies the trees of an engine, and ranks drafts."""
 
-    def __init__(self, speculator: Any, shape: TreeShape, sampled: bool):
+    def __init__(self, speculator: Any, shape: TreeShape):
         self._speculator = speculator
-        self._sampled = sampled and speculator.speculative_config.draft_sample_method == "probabilistic"
+        self._sampled = speculator.speculative_config.draft_sample_method == "probabilistic"
         self._recursive = None
         if rejects_recursively(speculator.vllm_config):
             self._recursive = Recursive(shape, speculator.max_num_reqs, speculator.vocab_size, speculator.device)
@@ -87,12 +87,16 @@ class Verifier:
         rows.let_win(winner, where)
         return said, accepted, where
 
-    def rank(self, requests: Sequence[str], newest: Tensor) -> Rank:
-        """How the drafts of a round for these requests are ranked, which follow the positions `newest` [B]."""
+    def rank(self, requests: Sequence[str], newest: Tensor, states: Tensor | None = None) -> Rank:
+        """How the drafts of a round for these requests are ranked, which follow the positions `newest` [B].
+
+        `states` [B]: where vLLM keeps each request's (default: as the speculator of a draft model has them).
+        """
         if not self._sampled:
             return greedy
         speculator, recursive = self._speculator, self._recursive
-        states = speculator.idx_mapping[: len(requests)]
+        if states is None:
+            states = speculator.idx_mapping[: len(requests)]
         if recursive is not None:
             recursive.begin(list(requests), newest)
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.decoding.block_tree import Rank as BlockRank
+from vllm_steer.decoding.block_tree import probable
 from vllm_steer.serving.trees.layout import page_tables, slots
 
 Rank = Callable[[Tensor, int, int, Tensor], Tensor]
@@ -82,3 +84,22 @@ class Growth:
 def greedy(logits: Tensor, width: int, rows: int, positions: Tensor) -> Tensor:
     """A `Rank`: the most probable tokens."""
     return logits.topk(width).indices if width > 1 else logits.argmax(-1, keepdim=True)
+
+
+def weighed(rank: Rank, newest: Tensor, temperature: Tensor | None) -> BlockRank:
+    """A `Rank` of block drafters from one of draft models, for requests whose newest tokens are at positions [B].
+
+    Its tokens are weighed by their log-probabilities at the request's temperature [B]; None: all are greedy.
+    """
+    if rank is greedy:
+        return probable
+
+    heat = torch.ones_like(newest) if temperature is None else torch.where(temperature > 0, temperature, 1)
+
+    def ranked(logits: Tensor, step: int, width: int) -> tuple[Tensor, Tensor]:
+        rows = len(logits) // len(newest)
+        tokens = rank(logits, width, rows, (newest + step).repeat_interleave(rows))
+        log_probs = torch.log_softmax(logits.float() / heat.repeat_interleave(rows)[:, None], -1)
+        return tokens, log_probs.gather(1, tokens)
+
+    return ranked
