@@ -23,7 +23,9 @@ TRITON := 3.9.0
 NEWER  := 0.33.0
 NEWER_TESTS := tests/engine/test_parity.py::test_drafts_are_those_of_the_reference tests/engine/test_lossless.py \
 	tests/engine/test_launches.py tests/engine/test_patches.py tests/engine/test_features.py tests/unit/serving/test_plan.py \
-	tests/engine/test_trees.py::test_every_rows_drafts_are_those_of_the_reference
+	tests/engine/test_trees.py::test_every_rows_drafts_are_those_of_the_reference \
+	tests/engine/test_block_drafters.py::test_drafts_are_those_of_the_reference \
+	tests/engine/test_block_drafters.py::test_rows_of_a_tree_are_those_of_the_reference
 IN_CI := not gpu and not real_pair and not slow
 comma := ,
 LOG := $(abspath $(VENV))/pip.log

@@ -11,6 +11,14 @@ from collections.abc import Iterable
 
 LONG = {  # in tests/: a test's name stands for all its parameters
     "engine/test_acceptance.py": ("test_the_steered_drafter_is_accepted_more[v1-1.0]",),
+    "engine/test_block_drafters.py": (
+        "test_sampled_output_is_the_targets[dflash-v1-96]",
+        "test_sampled_output_is_the_targets[treeflash-v2-24]",
+        "test_seeded_rows_say_what_the_target_alone_says",
+        "test_chunked_prompts_cached_prefixes_and_a_small_kv_cache[v2]",
+        "test_more_is_accepted[v2]",
+        "test_drafts_are_those_of_the_reference[another weight-v2]",
+    ),
     "engine/test_draft_filters.py": ("test_the_output_is_the_targets[v2]",),
     "engine/test_draft_graphs.py": ("test_a_buffer_bound_anew_shows",),
     "engine/test_families.py": (
@@ -40,6 +48,10 @@ LONG = {  # in tests/: a test's name stands for all its parameters
         "test_features_come_out_as_from_the_target_alone[v2]",
         "test_lora_on_the_target[v2]",
         "test_seeded_output_is_the_targets_own[greedy-v2]",
+    ),
+    "robustness/test_block_files.py": (
+        "test_configs_fuzzed[treeflash-config.json]",
+        "test_configs_fuzzed[medusa-config.json]",
     ),
     "server/test_devices.py": (
         "test_trees_tensor_parallel[v1]",
