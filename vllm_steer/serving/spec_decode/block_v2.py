@@ -13,9 +13,8 @@ from vllm_steer.decoding.block_tree import Logits, branches
 from vllm_steer.serving.block_plan import block_plan
 from vllm_steer.serving.plan import tree_of
 from vllm_steer.serving.spec_decode.repair import Repair
-from vllm_steer.serving.spec_decode.tree_v2 import TreeRounds
+from vllm_steer.serving.spec_decode.tree_v2 import OverRows, TreeRounds
 from vllm_steer.serving.trees.drafting import weighed
-from vllm_steer.serving.trees.layout import flat
 
 
 class BlockSpeculator(DFlashSpeculator):
@@ -77,8 +76,10 @@ class BlockRounds(TreeRounds):
         return branches(logits, newest, self.shape.depth, self.shape.leaves, rank)
 
 
-class BlockTreeSpeculator(BlockSpeculator):
+class BlockTreeSpeculator(OverRows, BlockSpeculator):
     """Drafts trees."""
+
+    tree: BlockRounds
 
     def __init__(self, vllm_config: Any, device: torch.device):
         super().__init__(vllm_config, device)
@@ -86,37 +87,8 @@ class BlockTreeSpeculator(BlockSpeculator):
         assert shape is not None
         self._probabilistic = self.draft_logits is not None
         self.tree = BlockRounds(self, shape)
-        self._paths: Tensor | None = None
-        self._requests: Sequence[str] = ()
         # To vLLM a block has all drafts of all rows; its pass has the newest token and k masks.
         self.num_speculative_steps, self.num_query_per_req = shape.depth, 1 + shape.depth
-
-    def propose(
-        self,
-        input_batch: Any,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        last_hidden_states: Tensor,
-        aux_hidden_states: list[Tensor] | None,
-        num_sampled: Tensor,
-        num_rejected: Tensor,
-        last_sampled: Tensor,
-        *args: Any,
-        dummy_run: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As vLLM's: drafts [B, N]."""
-        if not dummy_run:
-            input_batch, aux_hidden_states, num_rejected = self.tree.shown(input_batch, aux_hidden_states, num_rejected)
-        self._requests = input_batch.req_ids
-        rest = (last_hidden_states, aux_hidden_states, num_sampled, num_rejected, last_sampled, *args)
-        drafts = super().propose(  # type: ignore[misc]  # the others are passed on
-            input_batch, attn_metadata, slot_mappings, *rest, dummy_run=dummy_run, **kwargs
-        )
-        if dummy_run:
-            return drafts
-        assert self._paths is not None
-        return flat(last_sampled.view(-1)[input_batch.idx_mapping], self._paths)
 
     def _generate_draft(self, num_reqs: int, *args: Any, **kwargs: Any) -> None:
         out, k, per = self._run_model(*args, **kwargs), self.num_speculative_steps, self.num_query_per_req

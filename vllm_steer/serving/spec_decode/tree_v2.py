@@ -13,7 +13,7 @@ Shape legend: B requests, L leaves, k depth, V vocabulary, N = L (k + 1) - 1 dra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -156,16 +156,13 @@ class TreeRounds(Paged):
         return pages_of(layers, self._speculator.kv_cache_config, lambda name: (name in drafts) != target)
 
 
-class Treed:
-    """Put before a speculator class of ours: it then drafts trees."""
+class OverRows:
+    """Put before a speculator class that makes `_paths`: its rounds go on from the winners, and its drafts are rows."""
 
-    def __init__(self, vllm_config: Any, device: torch.device):
-        super().__init__(vllm_config, device)  # type: ignore[call-arg]  # the speculator's
-        shape = tree_of(vllm_config)
-        assert shape is not None
-        self.tree = TreeRounds(self, shape)
-        self._dummy = True
-        self._paths: Tensor | None = None
+    tree: TreeRounds
+    _dummy = True  # a dummy run, which has no pages
+    _paths: Tensor | None = None  # [B, L, k], of this round
+    _requests: Sequence[str] = ()
 
     def propose(
         self,
@@ -181,8 +178,8 @@ class Treed:
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """As vLLM's: drafts [B, N]. Dummy runs, which have no pages, draft a chain."""
-        self._dummy = dummy_run
+        """As vLLM's: drafts [B, N]."""
+        self._dummy, self._requests = dummy_run, input_batch.req_ids
         if not dummy_run:
             injection, rows = getattr(self, "injection", None), getattr(input_batch, "tree", None)
             if injection is not None and injection.blocks is not None and rows is not None:
@@ -196,6 +193,16 @@ class Treed:
             return drafts
         assert self._paths is not None
         return flat(last_sampled.view(-1)[input_batch.idx_mapping], self._paths)
+
+
+class Treed(OverRows):
+    """Put before a speculator class of ours for draft models: it then drafts trees. Dummy runs draft a chain."""
+
+    def __init__(self, vllm_config: Any, device: torch.device):
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]  # the speculator's
+        shape = tree_of(vllm_config)
+        assert shape is not None
+        self.tree = TreeRounds(self, shape)
 
     def sample_draft(self, hidden_states: Tensor, *args: Any) -> Tensor:
         """As vLLM's, which samples after the first pass."""
