@@ -20,7 +20,7 @@ from vllm_steer.training.pair import OFFSET_RULES
 
 STEERED = "steered"
 MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}
-OF_STEERED = ("mode", "offsets", "drafter_lr", "rank", "steered_layers", "gradient_checkpointing")
+OF_STEERED = ("mode", "offsets", "guide_dropout", "drafter_lr", "rank", "steered_layers", "gradient_checkpointing")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -61,6 +61,9 @@ class TrainConfig:
         "how far back the state lies that steers a position: "
         + "; ".join(f"{k} = {v}" for k, v in OFFSET_RULES.items()),
         choices=list(OFFSET_RULES),
+    )
+    guide_dropout: float = option(
+        0.0, "share of rows that train without their guide in each step, so that the drafter also drafts well unsteered"
     )
     steps: int = option(1000, "optimiser steps; 0 writes the starting point")
     batch_size: int = option(8, "rows per forward and device")
@@ -124,6 +127,12 @@ class TrainConfig:
         }
         for name, values in (allowed | {"keep": ("best", "last")}).items():
             require_one_of(options.flag(name), getattr(self, name), values)
+        if not 0 <= self.guide_dropout < 1:
+            raise SteeringError(f"--guide-dropout is {self.guide_dropout}, allowed is 0 to less than 1")
+        if self.guide_dropout and self.mode != "joint" and self.kind == STEERED:
+            raise SteeringError(
+                f"--guide-dropout is for --mode joint, where guide and drafter train; --mode is {self.mode}"
+            )
         for name in self.report_to:
             require_one_of("--report-to", name, ("tensorboard", "wandb"))
             if find_spec(name) is None:

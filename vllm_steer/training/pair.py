@@ -138,7 +138,11 @@ class Pair(TrainedWeights):
     def draw(self, config: TrainConfig, batch: dict[str, Tensor], rng: random.Random) -> Tensor:
         """Which target state steers each position in this step, for `forward`."""
         length = batch["input_ids"].shape[1]
-        return guide_sources(config.offsets, batch["prompt_lengths"], length, config.k, rng)
+        source = guide_sources(config.offsets, batch["prompt_lengths"], length, config.k, rng)
+        if not config.guide_dropout:
+            return source
+        dropped = [rng.random() < config.guide_dropout for _ in range(len(source))]
+        return source.masked_fill(torch.tensor(dropped, device=source.device)[:, None], -1)
 
     def positions(self, batch: dict[str, Tensor]) -> int:
         """How many positions `forward` sums over."""

@@ -52,6 +52,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     (dict(mode="joint"), r"--mode was steer when .*out was started, and is joint now: give the same to resume"),
     (dict(loss="tvd"), "--loss was jsd when .* and is tvd now"),
     (dict(offsets="block"), "--offsets was batch"),
+    (dict(guide_dropout=0.1, mode="joint"), "--guide-dropout was 0.0"),
     (dict(batch_size=2), "--batch-size was 4"),
     (dict(accumulate=2), "--accumulate was 1"),
     (dict(lr=0.5), "--lr was 0.01"),

@@ -761,3 +761,29 @@ def test_tiny_pair_is_small_and_its_training_shows(tmp_path: Path) -> None:
         mean[name] = sum(overlaps) / 5
     assert mean["drafter"] + 0.003 < mean["adapter"], mean
     assert mean["drafter"] + 0.05 < mean["distilled"] < mean["steered"] - 0.003, mean
+
+
+def test_guide_dropout_leaves_whole_rows_without_a_guide(folder: Path, tmp_path: Path) -> None:
+    """Of the rows, about the share that was asked for; the others keep the sources they would have had."""
+    batch = {"input_ids": torch.zeros(400, 12, dtype=torch.long), "prompt_lengths": torch.full((400,), 3)}
+    asked = options(folder, tmp_path / "out", mode="joint", guide_dropout=0.25)
+    pair = Pair.__new__(Pair)
+    found = pair.draw(asked, batch, random.Random(1))
+    whole = pair.draw(dataclasses.replace(asked, guide_dropout=0.0), batch, random.Random(1))
+    dropped = (found == -1).all(1)
+    assert 70 < int(dropped.sum()) < 130
+    assert torch.equal(found[~dropped], whole[~dropped]) and (whole[:, 3:] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(guide_dropout=1.0), "--guide-dropout is 1.0, allowed is 0 to less than 1"),
+        (dict(guide_dropout=-0.1), "--guide-dropout is -0.1"),
+        (dict(guide_dropout=0.1, mode="steer"), "--guide-dropout is for --mode joint"),
+    ],
+)
+def test_guide_dropout_out_of_range(changes: dict, words: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SteeringError) as error:
+        options(folder, tmp_path / "out", **changes)
+    assert words in str(error.value)
