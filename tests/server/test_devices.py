@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blocks import make_block, spec
 from engines import Runner, assert_steered
 from pairs import DRAFTER, Size, make_pair, random_prompt
 from samples import engine_config
@@ -119,6 +120,22 @@ def test_trees_tensor_parallel(pair: Pair, on: str, request: pytest.FixtureReque
     (one,), workers = single["workers"], both["workers"]
     assert len(workers) == 2 and all(worker["blocks"] == one["blocks"] for worker in workers)
     assert all(len(drafts) == 2 * (K + 1) - 1 for blocks in one["blocks"] for _, drafts in blocks)
+
+
+@pytest.mark.parametrize("on", ["tensor", pytest.param("tensor_v2", marks=pytest.mark.slow)], ids=["v1", "v2"])
+def test_a_block_drafter_tensor_parallel(tmp_path: Path, on: str, request: pytest.FixtureRequest) -> None:
+    """The approximator is whole on every rank: chains and rows are those of one worker."""
+    target = make_pair(tmp_path / "pair", "qwen3").target
+    asked = spec(make_block(tmp_path / "treeflash", target, "treeflash", k=K), "treeflash", K)
+    runner = request.getfixturevalue(on)
+    for own in ({}, {"tree_rows": 3}):
+        keys = {"additional_config": {"vllm_steer": own}, "max_num_batched_tokens": 256}
+        outs = [runner.run(target, asked, [CALL], **FEW, **keys, tensor_parallel_size=size) for size in (1, 2)]
+        assert [out["error"] for out in outs] == [None, None]
+        one, both = (out["calls"][0] for out in outs)
+        assert both["tokens"] == one["tokens"]
+        assert len(both["workers"]) == 2
+        assert all(worker["blocks"] == one["workers"][0]["blocks"] for worker in both["workers"])
 
 
 @pytest.mark.parametrize("on", ["tensor", pytest.param("tensor_v2", marks=pytest.mark.slow)], ids=["v1", "v2"])

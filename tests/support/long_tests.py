@@ -54,6 +54,7 @@ LONG = {  # in tests/: a test's name stands for all its parameters
         "test_configs_fuzzed[medusa-config.json]",
     ),
     "server/test_devices.py": (
+        "test_a_block_drafter_tensor_parallel[v1]",
         "test_trees_tensor_parallel[v1]",
         "test_ray[v2]",
         "test_an_unknown_vllm",
