@@ -108,12 +108,12 @@ def test_rows_of_a_tree_are_those_of_the_reference(directory: Path, runner: str,
     for i, prompt in enumerate(prompts()):
         found = generate(target, drafter, prompt, refinement=refinement, max_new_tokens=NEW, rows=rows)
         assert call["tokens"][i] == found.tokens
-        reader = _Reader(target, drafter)
+        reader = _Reader(target, drafter, refinement)
         text = [*prompt, *found.tokens]
         reader.read(_Cached(target), text, 0)
         drafted = dict(call["blocks"][i])
         for block in found.blocks[:-1]:
-            wanted = draft_rows(reader, text[: block.position + 1], k, refinement, rows)
+            wanted = draft_rows(reader, text[: block.position + 1], k, rows)
             flat = [token for row in wanted for token in (text[block.position], *row)][1:]
             assert drafted[block.position] == flat
             assert list(block.drafts) in wanted

@@ -69,16 +69,22 @@ def generate(
     require_at_least("rows", rows, 1)
     if rows > 1 and temperature:
         raise SteeringError(f"rows is {rows} and temperature {temperature}: the reference has trees at temperature 0")
-    chooser, eos = _Chooser(temperature, draft_sample, seed), frozenset(eos_token_ids)
-    big, reader = _Cached(target), _Reader(target, drafter)
+    chooser, reader = _Chooser(temperature, draft_sample, seed), _Reader(target, drafter, refinement)
+    return _loop(_Cached(target), reader, prompt, chooser, k, rows, max_new_tokens, frozenset(eos_token_ids))
+
+
+def _loop(
+    big: _Cached, reader: _Reader, prompt: Sequence[int], chooser: _Chooser,
+    k: int, rows: int, max_new_tokens: int, eos: frozenset[int],
+) -> Generation:  # fmt: skip
     tokens, blocks = list(prompt), list[Block]()
     tokens.append(chooser.target_token(reader.read(big, tokens, 0)[-1]))
     while len(tokens) - len(prompt) < max_new_tokens and tokens[-1] not in eos:
         newest = len(tokens) - 1
         if rows == 1:
-            drafts, dists = draft(reader, tokens, k, refinement, chooser)
+            drafts, dists = draft(reader, tokens, k, chooser)
         else:
-            drafts, dists = _longest(reader, big, draft_rows(reader, tokens, k, refinement, rows), tokens, chooser), []
+            drafts, dists = _longest(reader, big, draft_rows(reader, tokens, k, rows), tokens, chooser), []
         logits = reader.read(big, [tokens[newest], *drafts], newest)
         accepted, token = chooser.verify(logits, drafts, dists or [None] * k)
         big.crop(newest + 1 + accepted)
@@ -88,31 +94,25 @@ def generate(
     return Generation(tokens[len(prompt) :], blocks)
 
 
-def draft(
-    reader: _Reader, tokens: list[int], k: int, refinement: Refinement | None, chooser: _Chooser
-) -> tuple[list[int], list[Tensor | None]]:
+def draft(reader: _Reader, tokens: list[int], k: int, chooser: _Chooser) -> tuple[list[int], list[Tensor | None]]:
     """k drafts after `tokens`, and the distributions they were drawn from."""
     hidden = reader.hidden(tokens, k)
     drafts: list[int] = []
     dists: list[Tensor | None] = []
     for j in range(k):
         previous = torch.tensor([*tokens[-1:], *drafts][-1], device=hidden.device)
-        logits = reader.logits(hidden[j], previous, j)
-        if refinement is not None:
-            logits = rescored(logits, previous, refinement.ngram, refinement.alpha)
-        token, dist = chooser.draft_token(logits)
+        token, dist = chooser.draft_token(reader.logits(hidden[j], previous, j))
         drafts.append(token)
         dists.append(dist)
     return drafts, dists
 
 
-def draft_rows(reader: _Reader, tokens: list[int], k: int, refinement: Refinement | None, rows: int) -> list[list[int]]:
+def draft_rows(reader: _Reader, tokens: list[int], k: int, rows: int) -> list[list[int]]:
     """The rows of a tree after `tokens`, each k drafts."""
     hidden = reader.hidden(tokens, k)
 
     def logits(step: int, previous: Tensor) -> Tensor:
-        found = torch.stack([reader.logits(hidden[step], token, step) for token in previous])
-        return found if refinement is None else rescored(found, previous, refinement.ngram, refinement.alpha)
+        return torch.stack([reader.logits(hidden[step], token, step) for token in previous])
 
     return branches(logits, torch.tensor(tokens[-1:], device=hidden.device), k, rows)[0].tolist()
 
@@ -128,10 +128,10 @@ def _longest(reader: _Reader, big: _Cached, rows: list[list[int]], tokens: list[
 
 
 class _Reader:
-    """The target's states so far, and the drafter that reads them."""
+    """The target's states so far, and the drafter that reads them, with the bigram beside it if there is one."""
 
-    def __init__(self, target: PreTrainedModel, drafter: BlockDrafter):
-        self.target, self.drafter = target, drafter.to(target.device)
+    def __init__(self, target: PreTrainedModel, drafter: BlockDrafter, refinement: Refinement | None = None):
+        self.target, self.drafter, self.refinement = target, drafter.to(target.device), refinement
         self.states: Tensor | None = None  # [1, T, n H] of the tokens fed
         self.last: Tensor | None = None  # [1, T, H], what the target's head reads
 
@@ -162,7 +162,10 @@ class _Reader:
         """Logits [V] of draft `step` from its state [H], after the token `previous`."""
         normed = self.drafter.corrected(hidden, self._embed, previous)
         head = self.drafter.head(self.target.get_output_embeddings(), step)
-        return head(normed[None].to(self.target.dtype))[0].float()
+        logits = head(normed[None].to(self.target.dtype))[0].float()
+        if self.refinement is None:
+            return logits
+        return rescored(logits, previous, self.refinement.ngram, self.refinement.alpha)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.get_input_embeddings()(ids).float()

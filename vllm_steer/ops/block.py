@@ -63,8 +63,8 @@ def speculative(directory: Path, config: BlockConfig) -> dict[str, Any]:
     return found if config.kind == "medusa" else found | {"draft_sample_method": "probabilistic"}
 
 
-def card(directory: Path, repo: str, license_name: str | None) -> str:
-    """The model card of a block drafter that loads."""
+def card(directory: Path, repo: str, license_name: str | None, ours: str) -> str:
+    """The model card of a block drafter that loads; `ours` is the line that says that nobody wrote it by hand."""
     from huggingface_hub import ModelCardData
 
     config, record = BlockConfig.read(directory), checkpoint.read_record(directory)
@@ -80,7 +80,7 @@ def card(directory: Path, repo: str, license_name: str | None) -> str:
     fetch, serve = f"hf download {repo} --local-dir {name}", f"vllm-steer serve ./{name} --target {record.target}"
     lines = [
         f"---\n{head}\n---",
-        "<!-- written by vllm-steer push -->",
+        ours,
         f"# A {config.kind} drafter for the target {record.target}",
         f"{KINDS[config.kind].capitalize()}; {config.draft_length} drafts in one pass.",
         f"## Serve\n\n    pip install vllm-steer\n    {fetch}\n    {serve}",

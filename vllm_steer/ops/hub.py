@@ -141,7 +141,7 @@ def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name
     if is_block_drafter(directory):
         if benches:
             raise SteeringError("--bench is for steered drafters: give the table of a block drafter by hand")
-        return block.card(directory, repo, license_name)
+        return block.card(directory, repo, license_name, OURS)
     config = checkpoint.load(directory).config
     names = {
         role: dataclasses.replace(getattr(config, role), name=redact(getattr(config, role).name)) for role in ROLES

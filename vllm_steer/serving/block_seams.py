@@ -43,7 +43,8 @@ def with_newest_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def propose_draft_token_ids(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any):
-        resolve_name(f"{BLOCK_V1}:with_newest")(self, sampled_token_ids)
+        if (note := getattr(self.drafter, "note_newest", None)) is not None:
+            note(self.input_batch, sampled_token_ids)
         return original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
 
     return propose_draft_token_ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,37 +34,51 @@ def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[st
 
     Raises SteeringError when no row is long enough for one block.
     """
+    return predicted((_chances(pair, batch, k) for batch in batches), k)
+
+
+def _chances(pair: Pair, batch: dict[str, Tensor], k: int) -> Chances:
+    device = next(pair.parameters()).device
+    batch = {name: x.to(device) for name, x in batch.items()}
+    mask = response_mask(batch).cpu()
+    found = []
+    for d in range(1, k + 1 if pair.steering is not None else 2):
+        source = fixed_sources(batch["prompt_lengths"], batch["attention_mask"].shape[1], d)
+        found.append(pair.compare([overlap, agreement], batch, source).double().cpu())
+    chances = torch.stack((found * k)[:k])  # without steering the same at every offset
+    placed = torch.zeros(k, 2, *mask.shape, dtype=torch.float64)
+    placed[:, :, mask] = chances
+    return Chances(chances.sum(-1).T, int(mask.sum()), placed, batch)
+
+
+class Chances(NamedTuple):
+    """Overlap and agreement of one batch's drafts."""
+
+    sums: Tensor  # float64 [2, k], by offset
+    positions: int  # how many each sum is of
+    placed: Tensor  # float64 [k, 2, B, T], for `walk`
+    batch: dict[str, Tensor]
+
+
+def predicted(parts: Iterable[Chances], k: int) -> dict[str, Any]:
+    """What `measure` returns, from every batch. Raises SteeringError when no row is long enough for one block."""
     sums, count = torch.zeros(2, k, dtype=torch.float64), 0
     tokens, blocks = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    device = next(pair.parameters()).device
-    for batch in batches:
-        batch = {name: x.to(device) for name, x in batch.items()}
-        mask = response_mask(batch).cpu()
-        found = []
-        for d in range(1, k + 1 if pair.steering is not None else 2):
-            source = fixed_sources(batch["prompt_lengths"], batch["attention_mask"].shape[1], d)
-            found.append(pair.compare([overlap, agreement], batch, source).double().cpu())
-        chances = torch.stack((found * k)[:k])  # without steering the same at every offset
-        sums, count = sums + chances.sum(-1).T, count + int(mask.sum())
-        placed = torch.zeros(k, 2, *mask.shape, dtype=torch.float64)
-        placed[:, :, mask] = chances
+    for part in parts:
+        sums, count = sums + part.sums, count + part.positions
+        lengths = part.batch["prompt_lengths"].tolist(), part.batch["attention_mask"].sum(1).tolist()
         for name in range(2):
-            more = walk(placed[:, name], batch["prompt_lengths"].tolist(), batch["attention_mask"].sum(1).tolist())
+            more = walk(part.placed[:, name], *lengths)
             tokens[name], blocks[name] = tokens[name] + more[0], blocks[name] + more[1]
     if not blocks.all():
         raise SteeringError(f"no held-out response has {k} tokens, which a block of k={k} takes: give longer ones")
-    return summary(sums / count, tokens / blocks, count)
-
-
-def summary(means: Tensor, lengths: Tensor, positions: int) -> dict[str, Any]:
-    """What `measure` returns, from overlap and agreement by offset [2, k] and both acceptance lengths [2]."""
-    overlaps, agreements = ([round(x, 4) for x in row] for row in means.tolist())
-    sampled, greedily = lengths.tolist()
+    overlaps, agreements = ([round(x, 4) for x in row] for row in (sums / count).tolist())
+    sampled, greedily = (tokens / blocks).tolist()
     return {
         "overlap": overlaps,
         "agreement": agreements,
         "acceptance_length": {"sampled": round(sampled, 3), "greedy": round(greedily, 3)},
-        "positions": positions,
+        "positions": count,
     }
 
 

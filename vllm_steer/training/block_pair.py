@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vllm_steer.common.errors import SteeringError
 from vllm_steer.decoding.rescoring import rescored
 from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.drafters.block.ngram import Ngram
-from vllm_steer.training.acceptance import summary, walk
+from vllm_steer.training.acceptance import Chances, predicted
 from vllm_steer.training.config import TrainConfig
 from vllm_steer.training.losses import Distance, agreement, by_position, overlap
 from vllm_steer.training.pair import Head, TrainedWeights
@@ -80,31 +79,27 @@ class BlockPair(TrainedWeights):
 
         Raises SteeringError when no row is long enough for one block.
         """
+        return predicted((self._chances(batch, k) for batch in batches), k)
+
+    def _chances(self, batch: dict[str, Tensor], k: int) -> Chances:
+        first, last = self._room(batch)
+        length = batch["input_ids"].shape[1]
         sums, count = torch.zeros(2, k, dtype=torch.float64), 0
-        tokens, blocks = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            first, last = self._room(batch)
-            length = batch["input_ids"].shape[1]
-            placed = torch.zeros(k, 2, len(first), length, dtype=torch.float64)
-            for start in range(int(first.min()), int(last.max()) + 1, MEASURED_AT_ONCE):
-                place = torch.arange(start, min(start + MEASURED_AT_ONCE, length), device=first.device).expand(
-                    len(first), -1
-                )
-                anchors = torch.where((place >= first[:, None]) & (place <= last[:, None]), place, -1)
-                found = self.compare([overlap, agreement], batch, anchors).double().cpu()
-                anchors = anchors.cpu()
-                rows, blocks_of = (anchors >= 0).nonzero(as_tuple=True)
-                at = anchors[rows, blocks_of]
-                for j in range(k):
-                    placed[j, :, rows, at + j] = found[:, rows, blocks_of, j]
-                sums += found[:, rows, blocks_of].sum(1)
-                count += len(at)
-            for name in range(2):
-                more = walk(placed[:, name], batch["prompt_lengths"].tolist(), batch["attention_mask"].sum(1).tolist())
-                tokens[name], blocks[name] = tokens[name] + more[0], blocks[name] + more[1]
-        if not blocks.all():
-            raise SteeringError(f"no held-out response has {k} tokens, which a block of k={k} takes: give longer ones")
-        return summary(sums / count, tokens / blocks, count)
+        placed = torch.zeros(k, 2, len(first), length, dtype=torch.float64)
+        for start in range(int(first.min()), int(last.max()) + 1, MEASURED_AT_ONCE):
+            place = torch.arange(start, min(start + MEASURED_AT_ONCE, length), device=first.device).expand(
+                len(first), -1
+            )
+            anchors = torch.where((place >= first[:, None]) & (place <= last[:, None]), place, -1)
+            found = self.compare([overlap, agreement], batch, anchors).double().cpu()
+            anchors = anchors.cpu()
+            rows, blocks_of = (anchors >= 0).nonzero(as_tuple=True)
+            at = anchors[rows, blocks_of]
+            for j in range(k):
+                placed[j, :, rows, at + j] = found[:, rows, blocks_of, j]
+            sums += found[:, rows, blocks_of].sum(1)
+            count += len(at)
+        return Chances(sums, count, placed, batch)
 
     # --------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.drafters.block.config import WRITTEN_AS, BlockConfig
+from vllm_steer.drafters.block.config import APPROXIMATION, WRITTEN_AS, BlockConfig
 from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.training.config import TrainConfig
 
@@ -55,7 +55,7 @@ def new_config(config: TrainConfig, tokenizer: Any, target: Any, layers: tuple[i
         "dflash_config": {"mask_token_id": _mask(tokenizer, target), "target_layer_ids": [i - 1 for i in layers]},
     }
     if config.kind == "treeflash":
-        raw["treeflash_config"] = {"ar_approximation": "swiglu"}
+        raw["treeflash_config"] = {"ar_approximation": APPROXIMATION}
     return BlockConfig.of(raw, where)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,5 +127,5 @@ def _provenance(config: CountConfig, rows: Any, held_out: Any, tuned: list[dict[
         "data_sha256": {public_name(path): sha256(path) for path in config.data},
         "data": split.describe(rows, held_out, Path(config.data[0]).name),
         "tokens": sum(len(row.ids) for row in rows),
-        "tuned": json.loads(json.dumps(tuned)),
+        "tuned": tuned,
     } | origin("torch", "transformers")

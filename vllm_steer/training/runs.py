@@ -14,7 +14,7 @@ from vllm_steer.common.identity import fingerprint
 from vllm_steer.common.provenance import public_name
 from vllm_steer.data.dataset import Row
 from vllm_steer.drafters.block import checkpoint as block_checkpoint
-from vllm_steer.drafters.block.config import KINDS, BlockConfig, is_block_drafter
+from vllm_steer.drafters.block.config import APPROXIMATION, KINDS, WRITTEN_AS, BlockConfig, is_block_drafter
 from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.drafters.models import load_model, load_models, text_config
 from vllm_steer.drafters.steered.config import SteeringConfig, default_target_layers
@@ -81,7 +81,7 @@ def _block(config: TrainConfig, tokenizer: Any, rows: list[Row], arguments: Any)
     target = load_model(config.target, "auto")
     stored = target.dtype
     target.to(dtype=PRECISIONS[config.precision]).requires_grad_(False).eval()  # type: ignore[call-arg]  # as it is
-    drafter, stored = _block_drafter(config, tokenizer, target, stored)
+    drafter = _block_drafter(config, tokenizer, target)
     target.to(arguments.device)
     source = Batches(config, target, rows, drafter.config.states, arguments)
     pair = BlockPair(drafter, target, LOSSES[config.loss], config.k, config.anchors).to(arguments.device)
@@ -94,10 +94,8 @@ def _block(config: TrainConfig, tokenizer: Any, rows: list[Row], arguments: Any)
     return Run(pair, source, stored, lambda: writing.rehearse_block(config, pair, stored), write, target)
 
 
-def _block_drafter(
-    config: TrainConfig, tokenizer: Any, target: PreTrainedModel, stored: torch.dtype
-) -> tuple[BlockDrafter, torch.dtype]:
-    """The drafter to train, with `requires_grad` where it is trained, and the dtype it is written in."""
+def _block_drafter(config: TrainConfig, tokenizer: Any, target: PreTrainedModel) -> BlockDrafter:
+    """The drafter to train, with `requires_grad` where it is trained."""
     if config.drafter is None:
         layers = config.target_layers or default_target_layers(text_config(target.config).num_hidden_layers)
         drafter = BlockDrafter(new_config(config, tokenizer, text_config(target.config), layers))
@@ -116,7 +114,7 @@ def _block_drafter(
         drafter.lm_heads.requires_grad_(False)
     elif drafter.ar_approximation is not None:
         drafter.ar_approximation.requires_grad_(True)
-    return drafter, stored
+    return drafter
 
 
 def _as_kind(config: TrainConfig, base: BlockDrafter) -> BlockDrafter:
@@ -126,8 +124,8 @@ def _as_kind(config: TrainConfig, base: BlockDrafter) -> BlockDrafter:
     if (base.config.kind, config.kind) != ("dflash", "treeflash"):
         raise SteeringError(f"--drafter {config.drafter} is a {base.config.kind} drafter, --kind is {config.kind}")
     raw = base.config.raw | {
-        "architectures": ["TreeFlashDraftModel"],
-        "treeflash_config": {"ar_approximation": "swiglu"},
+        "architectures": [WRITTEN_AS["treeflash"]],
+        "treeflash_config": {"ar_approximation": APPROXIMATION},
     }
     drafter = BlockDrafter(BlockConfig.of(raw, base.config.where))
     drafter.load_state_dict(base.state_dict(), strict=False)

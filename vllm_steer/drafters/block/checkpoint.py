@@ -9,6 +9,7 @@ DIR/ngram/                    a bigram, if one was counted (ngram.py)
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -59,7 +60,7 @@ def save(directory: str | Path, drafter: BlockDrafter, record: Record) -> None:
     write_json(directory / CONFIG, raw | {"dtype": str(next(iter(weights.values())).dtype).removeprefix("torch.")})
     folder = directory / RECORD
     folder.mkdir(exist_ok=True)
-    save_file(_golden(_stored(drafter)), folder / GOLDEN)
+    save_file(_golden(copy.deepcopy(drafter).float().cpu()), folder / GOLDEN)
     write_json(folder / CONFIG, asdict(record))
     for path in (directory / WEIGHTS, folder / GOLDEN):
         path.chmod(0o644)  # safetensors writes for the owner alone; servers run as somebody else
@@ -67,8 +68,12 @@ def save(directory: str | Path, drafter: BlockDrafter, record: Record) -> None:
 
 def file_tensors(drafter: BlockDrafter) -> dict[str, Tensor]:
     """The state of a drafter under the keys of its file."""
-    prefix = "model." if drafter.config.kind == "dflash" else ""
-    return {name.removeprefix(prefix): x for name, x in drafter.state_dict().items()}
+    return {name.removeprefix(_prefix(drafter.config)): x for name, x in drafter.state_dict().items()}
+
+
+def _prefix(config: BlockConfig) -> str:
+    """What a drafter's keys have before those of its file."""
+    return "model." if config.kind == "dflash" else ""
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> BlockDrafter:
@@ -81,12 +86,12 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32) -> BlockDraf
     drafter = _shaped(config)
     wanted = {name: tuple(x.shape) for name, x in file_tensors(drafter).items()}
     found = _read(directory, config, wanted)
-    prefix = "model." if config.kind == "dflash" else ""
-    drafter.load_state_dict({prefix + k: v.to(dtype, copy=True) for k, v in found.items()}, assign=True)
+    weights = {_prefix(config) + name: x.to(torch.float32, copy=True) for name, x in found.items()}
+    drafter.load_state_dict(weights, assign=True)
     if (directory / RECORD).is_dir():
         _check_golden(own_file(directory / RECORD / GOLDEN, directory), drafter)
         read_record(directory)
-    return drafter.requires_grad_(False)
+    return drafter.to(dtype).requires_grad_(False)
 
 
 def _shaped(config: BlockConfig) -> BlockDrafter:
@@ -162,16 +167,9 @@ def _current_key(name: str, config: BlockConfig) -> str:
     return name if match is None else f"lm_heads.{match.group(1)}.weight"
 
 
-def _stored(drafter: BlockDrafter) -> BlockDrafter:
-    """A float32 copy with the weights as they are stored."""
-    copy = BlockDrafter(drafter.config)
-    copy.load_state_dict({name: x.detach().float().cpu() for name, x in drafter.state_dict().items()})
-    return copy
-
-
 @torch.no_grad()
 def _golden(drafter: BlockDrafter, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Fixed random inputs, or those given, and what the drafter makes of them: hidden [k, H]."""
+    """Fixed random inputs, or those given, and what the drafter, in float32, makes of them: hidden [k, H]."""
     config, generator = drafter.config, torch.Generator().manual_seed(0)
     wide = max(1, len(config.states)) * config.hidden_size
     random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -193,7 +191,7 @@ def _check_golden(path: Path, drafter: BlockDrafter) -> None:
         "hidden": (config.draft_length, config.hidden_size),
     }
     golden = {name: x.float() for name, x in read_tensors(path, shapes).items()}
-    found = _golden(_stored(drafter), golden)["hidden"]
+    found = _golden(drafter, golden)["hidden"]
     error = (found - golden["hidden"]).abs().max().item()
     allowed = GOLDEN_TOLERANCE * max(1.0, golden["hidden"].abs().max().item())
     if not error <= allowed:

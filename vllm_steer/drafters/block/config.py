@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "MedusaModel": "medusa",
 }
 CANDIDATE_HEADS = ("DFlash2DraftModel", "LiLiCorrDraftModel")  # vLLM's own, of V2 alone
+APPROXIMATION = "swiglu"  # the form of TreeFlash's approximator
 WRITTEN_AS = {"dflash": "DFlashDraftModel", "treeflash": "TreeFlashDraftModel", "medusa": "MedusaModel"}
 
 
@@ -80,8 +81,10 @@ class BlockConfig:
             raise SteeringError(f"{self.where}: target_layer_ids is {ids!r}, allowed is a list of layer numbers from 0")
         if type(mask := self._dflash["mask_token_id"]) is not int or not 0 <= mask < self.vocab_size:
             raise SteeringError(f"{self.where}: mask_token_id is {mask!r}, allowed is 0 to {self.vocab_size - 1}")
-        if self.kind == "treeflash" and (name := self._treeflash.get("ar_approximation")) != "swiglu":
-            raise SteeringError(f"{self.where}: treeflash_config.ar_approximation is {name!r}, known is 'swiglu'")
+        if self.kind == "treeflash" and (name := self._treeflash.get("ar_approximation")) != APPROXIMATION:
+            raise SteeringError(
+                f"{self.where}: treeflash_config.ar_approximation is {name!r}, known is {APPROXIMATION!r}"
+            )
 
     def _count(self, key: str) -> int:
         value = self.raw.get(key)

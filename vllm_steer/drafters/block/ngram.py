@@ -1,6 +1,6 @@
 """A counted bigram beside a block drafter (draft refinement, arXiv 2404.09221): who follows whom, and how often.
 
-ngram/config.json         sizes, alpha, candidates, what it was counted from
+ngram/config.json         sizes, alpha, what it was counted from
 ngram/model.safetensors   successors int32 [V, S]      the S most frequent successors of each token, -1 for none
                           log_probs  float16 [V, S]    of these
                           floor      float32 [V]       of every other token

@@ -92,12 +92,20 @@ def medusa(original: Any) -> type:
 
     class RefinedMedusaProposer(original):
         repair: Repair | None = None
-        newest: list[int] | None = None  # the newest token of each request, from `with_newest`
+        _newest: list[int] | None = None  # the newest token of each request
 
         def __init__(self, vllm_config: Any, device: torch.device):
             super().__init__(vllm_config, device)
             plan = block_plan(vllm_config)
             self.repair = Repair(plan, device) if plan is not None and plan.repairs else None
+
+        def note_newest(self, batch: Any, sampled: Any) -> None:
+            """Before `propose`: a list of tokens for each request of the input batch, empty during its prefill."""
+            if self.repair is not None:
+                self._newest = [
+                    tokens[-1] if tokens else int(batch.token_ids_cpu[i, batch.num_tokens_no_spec[i] - 1])
+                    for i, tokens in enumerate(sampled)
+                ]
 
         def propose(
             self,
@@ -112,23 +120,13 @@ def medusa(original: Any) -> type:
             blind = torch.stack(self.model.compute_logits(self.model(target_hidden_states)), 1)
             logits = self.repair.over(blind, _temperature(sampling_metadata))
             # vLLM's path of Medusa heads has these tokens on the host already.
-            previous, drafts = torch.tensor(self.newest, device=blind.device), []
+            previous, drafts = torch.tensor(self._newest, device=blind.device), []
             for step in range(num_speculative_tokens):
                 previous = logits(step, previous).argmax(-1)
                 drafts.append(previous)
             return torch.stack(drafts, 1)
 
     return RefinedMedusaProposer
-
-
-def with_newest(runner: Any, sampled_token_ids: Any) -> None:
-    """Tell a Medusa proposer the newest token of each request; sampled_token_ids: a list of tokens for each."""
-    if getattr(runner.drafter, "repair", None) is not None and isinstance(sampled_token_ids, list):
-        batch = runner.input_batch
-        runner.drafter.newest = [
-            tokens[-1] if tokens else int(batch.token_ids_cpu[i, batch.num_tokens_no_spec[i] - 1])
-            for i, tokens in enumerate(sampled_token_ids)
-        ]
 
 
 def _temperature(sampling_metadata: Any) -> Tensor | None:
