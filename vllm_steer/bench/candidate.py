@@ -19,11 +19,12 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-from vllm_steer.bench import block_counting
+from vllm_steer.bench import block_counting, quality
 from vllm_steer.common import provenance
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.lenience import Lenience
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.block import ngram
 from vllm_steer.drafters.block.config import METHODS, BlockConfig, is_block_drafter
@@ -33,6 +34,7 @@ from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 TREE_MARK = "@tree:"
 ROWS_MARK = "@rows:"  # of a block drafter: draft trees of so many rows
+LENIENCE_MARK = "@lenience:"  # and an epsilon, and maybe : and a form
 BLIND_MARK = "@blind"  # of a block drafter: its drafts do not depend on each other
 NONE = "none"  # the name of the contender without speculation
 WARM_UP = 16  # tokens
@@ -55,6 +57,8 @@ class Settings(TypedDict):
     engine: dict[str, Any]  # further options of vLLM's
     seed: int
     sampling: str
+    judged: NotRequired[bool]  # answers are judged, because a contender is lenient
+    run_code: NotRequired[bool]
     conditions: dict[str, Any]
 
 
@@ -68,11 +72,14 @@ class Contender:
     tree: tuple[int, ...] | None = None  # children of every node by depth; None: chains
     rows: int | None = None  # of a block drafter: draft trees of so many rows
     blind: bool = False  # of a block drafter: without its approximator or bigram
+    lenience: str | None = None  # EPSILON or EPSILON:FORM; None: the output is the target's
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with @tree:W,W,... or, of a block drafter, @rows:L and @blind."""
+        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with @tree:W,W,... or, of a block drafter, @rows:L and @blind, and
+        last @lenience:EPSILON."""
         name, equals, value = text.partition("=")
+        value, given, lenience = value.partition(LENIENCE_MARK)
         blind, value = value.endswith(BLIND_MARK), value.removesuffix(BLIND_MARK)
         value, _, count = value.partition(ROWS_MARK)
         rows = None if not count else int(count) if count.isdigit() and int(count) else -1
@@ -82,12 +89,28 @@ class Contender:
             raise SteeringError(
                 f"--drafters has {text!r}, allowed is NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with a name of letters, "
                 f"digits and . _ -, and at the end {TREE_MARK}W,W,... for draft trees; of a block drafter {ROWS_MARK}L "
-                f"for trees of L rows, {BLIND_MARK} for drafts that do not depend on each other"
+                f"for trees of L rows, {BLIND_MARK} for drafts that do not depend on each other, and last "
+                f"{LENIENCE_MARK}EPSILON for output that is not the target's"
             )
         adapter, plus, drafter = value.partition("+")
         if plus and not Path(value).exists():
-            return cls(name, drafter, adapter, tree)
-        return cls(name, value, tree=tree, rows=rows, blind=blind)
+            found = cls(name, drafter, adapter, tree)
+        else:
+            found = cls(name, value, tree=tree, rows=rows, blind=blind)
+        found = dataclasses.replace(found, lenience=lenience if given else None)
+        found.read_lenience()
+        return found
+
+    def read_lenience(self) -> Lenience | None:
+        """What its output gives up, None for nothing. Raises SteeringError for what is no lenience."""
+        if self.lenience is None:
+            return None
+        epsilon, _, form = self.lenience.partition(":")
+        try:
+            number: float | str = float(epsilon)
+        except ValueError:
+            number = epsilon
+        return Lenience.read({"epsilon": number, "form": form or "linear"}, f"--drafters {self.name}{LENIENCE_MARK}")
 
     @property
     def method(self) -> str | None:
@@ -154,6 +177,7 @@ class Contender:
     def _variant(self) -> dict[str, Any]:
         """What an identity has only where it is so, so that older results stay the same."""
         found: dict[str, Any] = {"tree": list(self.tree)} if self.tree else {}
+        found |= {"lenience": str(self.read_lenience())} if self.lenience else {}
         if self.drafter is not None and self.method is not None:
             table = Path(self.drafter) / ngram.FOLDER
             found |= {"blind": self.blind, "rows": self.rows}
@@ -199,7 +223,7 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
 
     Args:
         settings: what the contenders have in common.
-        prompts: [{"id", "category", "ids": token ids}].
+        prompts: [{"id", "category", "ids": token ids}], where they are judged with "text" and "expected".
 
     Returns {"environment", "steered", "scale", "sampling", "peak_memory": a dict per worker, "runs": one per
     temperature}; "scale" is None for a drafter that is not steered. Raises
@@ -221,6 +245,7 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
         method=contender.method,
         rows=contender.rows,
         blind=contender.blind,
+        lenience=contender.read_lenience(),
     )
     try:
         own = probe.own_sampling(llm) if settings["sampling"] == "served" else {}
@@ -263,13 +288,16 @@ def _run(
             f"vLLM preempted {preempted} requests for want of KV cache, and verifies drafts nobody made when they come "
             "back: lower --batch or --max-model-len, or give vLLM more memory"
         )
+    answers = [_count(prompt, d, most, k, contender.drafts(k)) for prompt, d in zip(prompts, deliveries, strict=True)]
+    share = _drafting_share(llm, ids[:batch], common) if k else None
+    if settings.get("judged"):
+        judged = quality.judge(llm, prompts, [d.ids[:most] for d in deliveries], settings.get("run_code", False))
+        answers = [a | j for a, j in zip(answers, judged, strict=True)]
     return {
         "temperature": temperature,
         "clock": dataclasses.asdict(clock),
-        "drafting_share": _drafting_share(llm, ids[:batch], common) if k else None,
-        "answers": [
-            _count(prompt, d, most, k, contender.drafts(k)) for prompt, d in zip(prompts, deliveries, strict=True)
-        ],
+        "drafting_share": share,
+        "answers": answers,
     }
 
 

@@ -6,6 +6,7 @@ lack it, are compared by the values they do have.
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import metadata
 from typing import Any
@@ -15,6 +16,8 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.provenance import cpu_name
 from vllm_steer.common.redaction import redact
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
+
+log = logging.getLogger(__name__)
 
 PREFIXES = ("VLLM_", "STEER_", "TORCHINDUCTOR_")
 OTHERS = (
@@ -58,6 +61,16 @@ def shown(found: dict[str, Any]) -> str:
     """For the table: every condition that is not the default; empty if there is none."""
     parts = [f"steering off ({KILL_SWITCH})"] if found["steering"] == "off" else []
     return ", ".join([*parts, *(f"{name}={value}" for name, value in found["environment"].items())])
+
+
+def say_what_is_off(steered: list[str], engine: dict[str, Any], found: dict[str, Any]) -> None:
+    """Warn when `steered`, by name, are about to be measured without their steering; the table says so too."""
+    additional = engine.get("additional_config") or {}
+    scale = (additional.get("vllm_steer") or {}).get("scale", 1) if isinstance(additional, dict) else 1
+    if steered and found["steering"] == "off":
+        log.warning("%s is set: %s will be measured unsteered, and the table says so", KILL_SWITCH, ", ".join(steered))
+    elif steered and scale != 1:
+        log.warning("scale is %s: %s will be measured with it, and the table says so", scale, ", ".join(steered))
 
 
 def _release(value: Any) -> Any:

@@ -12,6 +12,10 @@ Acceptance length is tokens per block, the target's own token included; brackets
 prompts, the same resampled prompts for every row. Tokens per second are of one pass, after the prefill (no interval:
 repeat on a quiet machine). Drafting is the share of that time spent in the drafter, in a pass of its own.
 """
+HOW_TO_READ_LENIENCE = """
+NLL per token is of the answers under the target at temperature 1, in nats: it rises as less of them is what the target
+would say. "same text" counts greedy answers that are the target's own, "right" those that pass the prompt's check.
+"""
 
 
 def table(results: dict[str, Any]) -> str:
@@ -19,12 +23,19 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"# {results['title']}" if "title" in results else _title(results["settings"]), "", *_about(results)]
     for part in results["summary"]:
         name = "Greedy (T=0)" if part["temperature"] == 0 else f"Sampled, T={part['temperature']:g}"
-        lines += ["", f"## {name}", "", *_rows(part["rows"], results.get("contenders", []))]
-        if part["pairs"]:
-            lines += ["", *_pairs(part["pairs"])]
+        exact = [row for row in part["rows"] if not row.get("lenience")]
+        names = {row["name"] for row in exact}
+        apart = [pair for pair in part["pairs"] if not {pair["name"], pair["minus"]} <= names]
+        lines += ["", f"## {name}", "", *_rows(exact, results.get("contenders", []))] if exact else []
+        if len(apart) < len(part["pairs"]):
+            lines += ["", *_pairs([pair for pair in part["pairs"] if pair not in apart])]
+        if len(exact) < len(part["rows"]):
+            lines += ["", f"### {name}, lenient: not the target's output", "", *_lenient(part["rows"])]
+            lines += ["", *_pairs(apart)] if apart else []
         if len(part["categories"]) > 1:
             lines += ["", *_categories(part["categories"])]
-    return "\n".join([*lines, "", results.get("note", HOW_TO_READ)])
+    judged = HOW_TO_READ_LENIENCE if results["settings"].get("judged") else ""
+    return "\n".join([*lines, "", results.get("note", HOW_TO_READ) + judged])
 
 
 def plots(results: dict[str, Any], directory: Path) -> None:
@@ -130,6 +141,26 @@ def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[
                 "" if unlike is None else f"{unlike} of {row['prompts']}",
             ]
         )
+    used = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines)]
+    return _markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
+
+
+def _lenient(rows: list[dict[str, Any]]) -> list[str]:
+    """One line per contender: what is gained, and what is lost."""
+    slow = next((row["tokens_per_second"] for row in rows if row["name"] == "none"), None)
+    columns = ["", "epsilon", "acceptance length", "tokens/s", "NLL per token", "same text", "right"]
+    lines = [
+        [
+            row["name"],
+            row["lenience"] or "1",
+            "1" if row["name"] == "none" else _number(row["acceptance_length"], row["interval_95"]),
+            _speed(row["tokens_per_second"], slow),
+            _number(row["nll_per_token"], row["nll_95"]),
+            "" if row["same_text"] is None else "{} of {}".format(*row["same_text"]),
+            "" if row["correct"] is None else "{} of {}".format(*row["correct"]),
+        ]
+        for row in rows
+    ]
     used = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines)]
     return _markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
 

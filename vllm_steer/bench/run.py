@@ -31,7 +31,6 @@ from vllm_steer.data.generate import SAMPLING
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.tokenizer import read_tokenizer
-from vllm_steer.serving.kill_switch import KILL_SWITCH
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,8 @@ class BenchConfig:
     drafters: tuple[str, ...] = option(
         (),
         "drafters to measure, NAME=DRAFTER (plain or steered) or NAME=ADAPTER+DRAFTER; with @tree:W,W,... at the end, "
-        "the children of every node by depth, it drafts trees (docs/trees.md)",
+        "the children of every node by depth, it drafts trees (docs/trees.md); with @lenience:EPSILON its output is "
+        "not the target's, and all answers are judged (docs/lenience.md)",
         nargs="+",
         type=str,
         metavar="NAME=DRAFTER",
@@ -81,6 +81,11 @@ class BenchConfig:
         choices=list(SAMPLING),
     )
     seed: int = option(0, "of the sampled answers: prompt i is sampled with seed + i")
+    run_code: bool = option(
+        False,
+        "beside a lenient drafter: run the tests that come with prompts on the code that models wrote, in a process "
+        "with little time and memory and no network; in a container if you do not trust them",
+    )
     resume: bool = option(False, "keep what the output holds, measure what is missing")
     url: str | None = option(None, "measure a running server instead of --target, e.g. http://localhost:8000", type=str)
     model: str | None = option(None, "with --url: the served model (default: the first one)", type=str)
@@ -121,6 +126,11 @@ class BenchConfig:
     def contenders(self) -> list[Contender]:
         """What to measure, in order."""
         return [Contender(NONE)] * self.none + [Contender.parse(text) for text in self.drafters]
+
+    @property
+    def judged(self) -> bool:
+        """Whether answers are judged: where an output is not the target's."""
+        return any(contender.lenience for contender in self.contenders)
 
     @property
     def marked(self) -> str | None:
@@ -180,7 +190,8 @@ def _benchmark(config: BenchConfig) -> dict[str, Any]:
     models = [target, *(contender.check(target) for contender in config.contenders)]
     prompts, dropped, room = _encode(config, [model for model in models if model is not None])
     settings = _settings(config, prompts, room)
-    _say_what_is_off(config, settings)
+    steered = [contender.name for contender in config.contenders if contender.steering is not None]
+    conditions.say_what_is_off(steered, config.engine_options, settings["conditions"])
     results = {
         "command": options.command("bench", dataclasses.asdict(config) | {"resume": False}),
         "settings": redact(settings),
@@ -252,7 +263,8 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
             log.warning("prompt %s left out: %s", prompt.id, error)
             continue
         if 0 < len(ids) <= most:
-            kept.append({"id": prompt.id, "category": prompt.category, "ids": ids})
+            judged = {"text": prompt.prompt, "expected": prompt.expected} if config.judged else {}
+            kept.append({"id": prompt.id, "category": prompt.category, "ids": ids} | judged)
         else:
             dropped.append({"id": prompt.id, "tokens": len(ids)})
             log.warning("prompt %s left out: %d tokens, allowed are 1 to %d", prompt.id, len(ids), most)
@@ -275,7 +287,8 @@ def _rows(config: BenchConfig) -> int:
 def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> Settings:
     """Everything the numbers depend on that all candidates share."""
     assert config.target is not None
-    return {
+    judged: Any = {"judged": True, "run_code": config.run_code} if config.judged else {}
+    return judged | {
         "target": config.target,
         "target_weights": provenance.fingerprint(config.target),
         "prompts": config.prompts,
@@ -292,17 +305,6 @@ def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> 
         "sampling": config.sampling,
         "conditions": conditions.conditions(),
     }
-
-
-def _say_what_is_off(config: BenchConfig, settings: Settings) -> None:
-    """Warn when steered drafters are about to be measured without their steering; the table says so too."""
-    steered = [contender.name for contender in config.contenders if contender.steering is not None]
-    additional = config.engine_options.get("additional_config") or {}
-    scale = (additional.get("vllm_steer") or {}).get("scale", 1) if isinstance(additional, dict) else 1
-    if steered and settings["conditions"]["steering"] == "off":
-        log.warning("%s is set: %s will be measured unsteered, and the table says so", KILL_SWITCH, ", ".join(steered))
-    elif steered and scale != 1:
-        log.warning("scale is %s: %s will be measured with it, and the table says so", scale, ", ".join(steered))
 
 
 def _digest(prompts: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_steer.bench import block_counting
+from vllm_steer.bench import block_counting, quality
 from vllm_steer.bench.block_counting import Answer
 from vllm_steer.bench.candidate import NONE, Settings
 
@@ -47,8 +47,21 @@ def summarise(settings: Settings, contenders: list[dict[str, Any]]) -> list[dict
                 name: block_counting.by_category(all_)[category] for name, all_ in answers.items()
             }
             categories[category] = dict(zip(("rows", "pairs"), block_counting.summarise(part, k), strict=True))
+        if settings.get("judged"):
+            _judge(rows, runs, contenders, temperature)
         found.append({"temperature": temperature, "rows": rows, "pairs": pairs, "categories": categories})
     return found
+
+
+def _judge(
+    rows: list[dict[str, Any]], runs: dict[str, Any], contenders: list[dict[str, Any]], temperature: float
+) -> None:
+    """Add to each row what its answers are worth, and what it gave up."""
+    given_up = {c["name"]: c["identity"].get("lenience") for c in contenders}
+    exact = next((name for name in runs if given_up[name] is None), None)
+    greedy = runs[exact]["answers"] if exact is not None and temperature == 0 else None
+    for row in rows:
+        row |= {"lenience": given_up[row["name"]]} | quality.summarise(runs[row["name"]]["answers"], greedy)
 
 
 def _speed(run: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Prompt files and the built-in prompt sets; how a prompt becomes token ids.
 
 A line is {"prompt": TEXT or chat messages} and may have "id" (default: "line-" and its number), "category", "split"
-(train, validation or test) and, beside messages, "tools"; other keys are ignored. A text is continued as it is, chat
-messages and tools go through the model's chat template. The rules for texts and chats are in jsonl.py.
+(train, validation or test) and, beside messages, "tools"; for `bench` to judge answers by, "answer", a number, or
+"entry_point" and "test", a function and Python that defines `check(function)`. Other keys are ignored. A text is
+continued as it is, chat messages and tools go through the model's chat template. The rules for texts and chats are in
+jsonl.py.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ class Prompt:
     prompt: str | list[dict[str, Any]]
     category: str | None = None
     tools: list[dict[str, Any]] | None = None  # descriptions for the chat template
+    expected: dict[str, str] | None = None  # what a right answer is: {"answer"} or {"entry_point", "test"}
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; `tools` only if there are any, as before there could be."""
-        found = dataclasses.asdict(self)
-        return found if self.tools else {name: value for name, value in found.items() if name != "tools"}
+        """The fields; `tools` only if there are any, as before there could be, and never what is expected."""
+        left_out = {"expected"} if self.tools else {"expected", "tools"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
 
 def is_builtin(source: str) -> bool:
@@ -141,4 +144,14 @@ def _parse(line: bytes, default_id: str, category: str | None) -> tuple[Prompt, 
         check_text("category", category := raw["category"])
     if raw.get("split") not in (None, *SPLITS):
         raise SteeringError(f"split is {reprlib.repr(raw['split'])}, allowed are {', '.join(SPLITS)}")
-    return Prompt(name, prompt, category, tools), raw.get("split")
+    return Prompt(name, prompt, category, tools, _expected(raw)), raw.get("split")
+
+
+def _expected(raw: dict[str, Any]) -> dict[str, str] | None:
+    """What a prompt's line says about a right answer, None for nothing. Raises SteeringError for what is no text."""
+    for keys in (("answer",), ("entry_point", "test")):
+        if all(key in raw for key in keys):
+            for key in keys:
+                check_text(key, raw[key])
+            return {key: raw[key] for key in keys}
+    return None

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.lenience import Lenience
 from vllm_steer.decoding.verification import recursive
 from vllm_steer.drafters.steered.hf import Injector, attach
 from vllm_steer.drafters.steered.module import Steering
@@ -114,8 +115,8 @@ class _Cached:
 class _Chooser:
     """Turns logits into tokens: argmax at temperature 0, else sampling and rejection sampling with one generator."""
 
-    def __init__(self, temperature: float, draft_sample: str, seed: int):
-        self.temperature = temperature
+    def __init__(self, temperature: float, draft_sample: str, seed: int, lenience: Lenience | None = None):
+        self.temperature, self.lenience = temperature, lenience
         self.sample_drafts = temperature > 0 and draft_sample == "probabilistic"
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -142,19 +143,28 @@ class _Chooser:
 
         Sampled: draft d_i passes with probability min(1, p_i(d_i) / q_i(d_i)); at the first that does not, the
         token is drawn from max(p_i - q_i, 0). An argmax draft has q_i = 1 at d_i and 0 elsewhere. Either way
-        every token is distributed as the target's own.
+        every token is distributed as the target's own. With lenience f(p_i) takes the place of p_i in the test,
+        greedily against the largest p_i at temperature 1, and what is said is not the target's.
         """
         if self.temperature == 0:
             choices = logits.argmax(-1).tolist()
-            accepted = next((i for i, d in enumerate(drafts) if d != choices[i]), len(drafts))
+            passed = [self._passes(row, d) for row, d in zip(logits, drafts, strict=False)]
+            accepted = next((i for i, good in enumerate(passed) if not good), len(drafts))
             return accepted, choices[accepted]
         p = self.probabilities(logits)
         for i, (draft, dist) in enumerate(zip(drafts, dists, strict=True)):
             q = torch.zeros_like(p[i]).index_fill_(0, torch.tensor(draft), 1.0) if dist is None else dist
-            passed, token = recursive(p[i], q, [draft], self.generator)
-            if passed is None:
+            child, token = recursive(p[i], q, [draft], self.generator, lenience=self.lenience)
+            if child is None:
                 return i, token
         return len(drafts), self.draw(p[-1])
+
+    def _passes(self, logits: Tensor, draft: int) -> bool:
+        """Whether a greedy draft is accepted, by the target's logits [V]."""
+        if self.lenience is None:
+            return int(logits.argmax()) == draft
+        log_p = torch.log_softmax(logits, -1)
+        return bool(log_p[draft] + self.lenience.log_gain(log_p[draft]) >= log_p.max())
 
 
 @torch.no_grad()
@@ -171,6 +181,7 @@ def generate(
     draft_sample: str = "greedy",
     seed: int = 0,
     scale: float = 1.0,
+    lenience: Lenience | None = None,
 ) -> Generation:
     """Speculate for one prompt.
 
@@ -184,6 +195,7 @@ def generate(
         draft_sample: at T > 0, drafts are the drafter's argmax ("greedy") or samples at T ("probabilistic").
         seed: of everything random here.
         scale: multiplies the deltas.
+        lenience: what the output gives up; None: nothing.
     Raises:
         SteeringError: an argument out of its range, or a drafter that cannot be steered.
     """
@@ -191,7 +203,7 @@ def generate(
     _require(k >= 1, f"k is {k}, allowed is a draft length from 1 up")
     _require(draft_sample in DRAFT_SAMPLES, f"draft_sample is {draft_sample!r}, allowed are {', '.join(DRAFT_SAMPLES)}")
     with _guiding(drafter, steering, scale) as guide:
-        chooser = _Chooser(temperature, draft_sample, seed)
+        chooser = _Chooser(temperature, draft_sample, seed, lenience)
         return _loop(_Cached(target), _Cached(drafter), prompt, guide, chooser, k, max_new_tokens,
                      frozenset(eos_token_ids))  # fmt: skip
 

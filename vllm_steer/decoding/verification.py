@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vllm_steer.common.lenience import Lenience
+
 
 def gumbel(size: int, generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise [size], float64: argmax(log p + noise) is a draw from p."""
@@ -22,7 +24,12 @@ def gumbel(size: int, generator: torch.Generator) -> Tensor:
 
 
 def recursive(
-    p: Tensor, q: Tensor, children: Sequence[int], generator: torch.Generator, replacement: bool = False
+    p: Tensor,
+    q: Tensor,
+    children: Sequence[int],
+    generator: torch.Generator,
+    replacement: bool = False,
+    lenience: Lenience | None = None,
 ) -> tuple[int | None, int]:
     """Recursive rejection sampling (RSD, arXiv 2402.14160, algorithm 1) of children drawn without replacement.
 
@@ -35,12 +42,15 @@ def recursive(
         p, q: [V] float64 distributions of target and drafter after the node.
         children: W tokens, drawn from q without replacement, in that order; none for a leaf.
         generator: the source of every random number here.
+        lenience: of one child: it is accepted with min(1, f(p) / q), and what is said is not the target's any more.
 
     Returns (the accepted child's index, its token), or (None, a token from what is left of p).
     """
+    assert lenience is None or len(children) <= 1
     q = q.clone()
     for i, child in enumerate(children):
-        if float(torch.rand((), generator=generator, dtype=torch.float64)) * float(q[child]) < float(p[child]):
+        f = p[child] if lenience is None else p[child] * lenience.log_gain(p[child].log()).exp()
+        if float(torch.rand((), generator=generator, dtype=torch.float64)) * float(q[child]) < float(f):
             return i, child
         p = (p - q).clamp_(min=0)
         p /= p.sum()

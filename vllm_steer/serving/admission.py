@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
-from vllm_steer.serving import block_admission, patching, tree_admission
+from vllm_steer.serving import block_admission, lenience_admission, patching, tree_admission
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.serving.plan import LAYER_IDS, PLAN, Options, Plan, Written, draft_model, on_v2, source_of, written
 
@@ -32,6 +32,7 @@ def prepare(vllm_config: VllmConfig) -> None:
     off = disabled()
     options = Options.read(vllm_config.additional_config)
     _refuse_prompt_embeds(vllm_config)
+    lenience_admission.admit(vllm_config, options)
     block_admission.admit(vllm_config, options, off)
     draft = draft_model(vllm_config)
     if draft is None:

@@ -6,7 +6,6 @@ How one is applied is in patching.py; workers are named as "module:Class", which
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from pkgutil import resolve_name
@@ -15,7 +14,7 @@ from typing import Any
 from vllm_steer.serving import admission, block_seams, patching, repairs
 from vllm_steer.serving.block_plan import config_of
 from vllm_steer.serving.block_seams import has_medusa
-from vllm_steer.serving.patching import Seam
+from vllm_steer.serving.patching import Seam, late
 from vllm_steer.serving.plan import Plan, tree_of
 
 V1 = "vllm_steer.serving.spec_decode.v1"
@@ -56,11 +55,6 @@ def _steered_proposer(original: type) -> type:
     return resolve_name(f"{V1}:SteeredDraftModelProposer")
 
 
-def _late(place: str) -> Callable[..., Any]:
-    """The function at `place`, "module:name", imported when it is called: in workers only."""
-    return lambda *args, **kwargs: resolve_name(place)(*args, **kwargs)
-
-
 def _steered_init_speculator(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def init_speculator(*args: Any, **kwargs: Any) -> Any:
@@ -76,22 +70,7 @@ def _speculator(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _block_seam(place: str, make: Callable[[Any], Any], why: str, remove_when: str, **more: Any) -> Seam:
     module, name = place.split(":")
-    return Seam(module, name, make, _never, why, remove_when, required=False, **({"part": "blocks"} | more))
-
-
-def _rows(module: str, function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For `Seam.make`: calls go to a function of `module` first, if something in this process has imported that."""
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def replaced(*args: Any, **kwargs: Any) -> Any:
-            if (trees := sys.modules.get(module)) is None:
-                return original(*args, **kwargs)
-            return getattr(trees, function)(original, *args, **kwargs)
-
-        return replaced
-
-    return make
+    return Seam(module, name, make, patching.never, why, remove_when, required=False, **({"part": "blocks"} | more))
 
 
 def _lookahead_of_rows(original: property) -> property:
@@ -105,26 +84,18 @@ def _lookahead_of_rows(original: property) -> property:
     return property(num_lookahead_tokens)
 
 
-def _never() -> None:
-    """For `Seam.upstream`: vLLM has no way of its own."""
-
-
 def _tree_seams(runner: str, module: str, places: dict[str, str]) -> list[Seam]:
-    """The seams of draft trees on one runner: each place of vLLM's goes through a function of `module`."""
-    return [
-        Seam(
-            module=place.split(":")[0],
-            name=place.split(":")[1],
-            make=_rows(module, function),
-            upstream=_never,
-            why="a draft tree is served as rows, which stand for their request in the target's pass",
-            remove_when="vLLM serves draft trees",
-            runner=runner,
-            required=False,
-            part="trees",
-        )
-        for place, function in places.items()
-    ]
+    """Of draft trees: each place goes through a function of `module`."""
+    why = "a draft tree is served as rows, which stand for their request in the target's pass"
+    made = {place: patching.through(module, function) for place, function in places.items()}
+    return patching.seams_of("trees", runner, made, why, "vLLM serves draft trees")
+
+
+def _lenience_seams(runner: str, places: dict[str, str]) -> list[Seam]:
+    """Of lenience: what of its module is made of each place."""
+    made = {place: late(f"vllm_steer.serving.sampling.lenience:{name}") for place, name in places.items()}
+    why = "accept drafts that the target would have rejected, where an engine is told to"
+    return patching.seams_of("lenience", runner, made, why, "vLLM has lenience, f(p) / q in place of p / q")
 
 
 def _load_with_states(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,7 +156,7 @@ SEAMS = (
         name="DraftModelProposer",
         make=_steered_proposer,
         upstream=functools.partial(
-            patching.join, "vllm.v1.spec_decode.draft_model:proposer_factories", _late(f"{V1}:proposer")
+            patching.join, "vllm.v1.spec_decode.draft_model:proposer_factories", late(f"{V1}:proposer")
         ),
         why="the V1 runner builds its proposer, and checks isinstance, by this name",
         remove_when="vLLM asks plugins for the proposer of a draft model",
@@ -300,7 +271,7 @@ SEAMS = (
         module="vllm.config.vllm",
         name="VllmConfig.num_lookahead_tokens",
         make=_lookahead_of_rows,
-        upstream=_never,
+        upstream=patching.never,
         why="the rows of a draft tree write to pages of their own, which are lookahead to the scheduler",
         remove_when="vLLM asks the drafter how much lookahead it needs",
         required=False,
@@ -342,4 +313,19 @@ SEAMS = (
         runner="v1",
     ),
     *MEDUSA,
+    *_lenience_seams(
+        "v1",
+        {
+            "vllm.v1.worker.gpu_model_runner:RejectionSampler": "of_the_engine",
+            "vllm.v1.sample.rejection_sampler:rejection_sample": "lenient_rejection_sample",
+            "vllm.v1.sample.rejection_sampler:generate_uniform_probs": "shrunk_uniforms",
+        },
+    ),
+    *_lenience_seams(
+        "v2",
+        {
+            "vllm.v1.worker.gpu.model_runner:RejectionSampler": "of_the_engine",
+            "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils:_rejection_kernel": "LenientKernel",
+        },
+    ),
 )

@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pkgutil import resolve_name
@@ -43,7 +44,7 @@ class Seam:
     needs: tuple[str, ...] = ()  # of vLLM, as "module:name": what our side relies on, by either way
     runner: str = "both"  # "both", "v1" or "v2"
     required: bool = True  # False: a repair of vLLM's own, nothing steering depends on
-    part: str = ""  # "trees", "blocks" or "medusa": these depend on it, nothing else
+    part: str = ""  # "trees", "blocks", "medusa" or "lenience": these depend on it, nothing else
     alarm: str = ""  # logged when it cannot be applied; the others are asked for by `require`
 
 
@@ -68,6 +69,10 @@ def sound(works: Callable[[], bool]) -> Undo | None:
     return _nothing if works() else None
 
 
+def never() -> None:
+    """vLLM has no way of its own."""
+
+
 def _find(place: str) -> Any:
     try:
         return resolve_name(place)
@@ -77,6 +82,38 @@ def _find(place: str) -> Any:
 
 def _nothing() -> None:
     pass
+
+
+# --- values of Seam.make ---------------------------------------------------------------------------------------------
+
+
+def late(place: str) -> Callable[..., Any]:
+    """The function at `place`, "module:name", imported when it is called: in workers only."""
+    return lambda *args, **kwargs: resolve_name(place)(*args, **kwargs)
+
+
+def through(module: str, function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Calls go to a function of `module` first, if something in this process has imported that."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            if (found := sys.modules.get(module)) is None:
+                return original(*args, **kwargs)
+            return getattr(found, function)(original, *args, **kwargs)
+
+        return replaced
+
+    return make
+
+
+def seams_of(part: str, runner: str, places: dict[str, Callable[[Any], Any]], why: str, remove_when: str) -> list[Seam]:
+    """The seams of one part on one runner: what is made of each place of vLLM's, "module:name"."""
+    return [
+        Seam(module, name, make, never, why, remove_when, runner=runner, required=False, part=part)
+        for place, make in places.items()
+        for module, name in [place.split(":")]
+    ]
 
 
 # --- applying -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer.common.errors import SteeringError, require_positive_int
+from vllm_steer.common.lenience import Lenience
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.block.ngram import require_alpha
 from vllm_steer.drafters.steered import checkpoint
@@ -40,6 +41,7 @@ class Options:
     refine: bool = True  # use the bigram beside a block drafter
     ngram: str | None = None  # directory with another ngram/
     alpha: float | None = None  # weight of the bigram, greedy and sampled (default: as it was tuned)
+    lenience: Any = None  # a number, or {"epsilon", "form"}: what the output may give up (common/lenience.py)
 
     @classmethod
     def read(cls, additional: Any) -> Options:
@@ -75,6 +77,8 @@ class Options:
         self._check_drafting()
 
     def _check_drafting(self) -> None:
+        if self.lenience is not None:
+            Lenience.read(self.lenience, f"additional-config {OPTIONS}: lenience")
         if self.alpha is not None:
             require_alpha(f"additional-config {OPTIONS}: alpha", self.alpha)
         if self.tree_rows is not None:
@@ -178,6 +182,15 @@ def filters_drafts(vllm_config: VllmConfig) -> bool:
     spec = vllm_config.speculative_config
     sampled = spec is not None and spec.method == "draft_model" and spec.draft_sample_method == "probabilistic"
     return sampled and not disabled() and Options.read(vllm_config.additional_config).filter_drafts
+
+
+def lenience_of(vllm_config: VllmConfig) -> Lenience | None:
+    """What an engine's verification gives up; None: nothing, its output is the target's."""
+    options = Options.read(vllm_config.additional_config)
+    if options.lenience is None or disabled():
+        return None
+    found = Lenience.read(options.lenience, f"additional-config {OPTIONS}: lenience")
+    return None if found.exact else found
 
 
 def on_v2(vllm_config: VllmConfig) -> bool:

@@ -12,7 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.metrics.reader import Counter
 
 from vllm_steer.common import engine_options
+from vllm_steer.common.lenience import Lenience
 from vllm_steer.common.provenance import cpu_name
 
 
@@ -60,16 +61,18 @@ def open_engine(
     method: str | None = None,
     rows: int | None = None,
     blind: bool = False,
+    lenience: Lenience | None = None,
 ) -> LLM:
     """An engine to be measured; without a drafter it does not speculate.
 
     `sampled`: whether a request may have a temperature above 0. `options` are further ones of vLLM's. `tree`: children
     of every node by depth, k deep; None: chains. `method`: vLLM's, of a block drafter; `rows`: of its trees; `blind`:
-    its drafts do not depend on each other.
+    its drafts do not depend on each other; `lenience`: what its output gives up.
     """
     options = (engine_options.for_trees() if tree is not None or rows is not None else {}) | options
     ours: dict[str, Any] = {"adapter": adapter, "tree": None if tree is None else list(tree)}
     ours |= {"refine": False if blind else None, "tree_rows": rows}
+    ours |= {"lenience": None if lenience is None else asdict(lenience)}
     if ours := {key: value for key, value in ours.items() if value is not None}:
         additional = options.get("additional_config", {})
         options["additional_config"] = additional | {"vllm_steer": additional.get("vllm_steer", {}) | ours}

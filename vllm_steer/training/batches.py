@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
@@ -92,6 +93,14 @@ def _writer(path: str) -> dict[str, str] | None:
         raise SteeringError(f"{meta} is damaged ({error}): generate the responses again") from None
 
 
+def _padded(tensor: Tensor, length: int) -> Tensor:
+    """[B, T, ...] with zeros up to `length` tokens; [B] as it is."""
+    if tensor.ndim == 1:
+        return tensor
+    room = (0, 0) * (tensor.ndim - 2) + (0, length - tensor.shape[1])
+    return torch.nn.functional.pad(tensor, room)
+
+
 class Batches:
     """Batches by row number: ids, prompt lengths, and from the cache or the live target its states."""
 
@@ -150,6 +159,16 @@ class Batches:
     def complete(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with the target's states and last hidden states, on the device."""
         return batch if "final" in batch else batch | read_target(self.target, batch, self.layers)
+
+    def replace(self, batch: dict[str, Tensor], rows: list[Row]) -> dict[str, Tensor]:
+        """A batch whose last rows are replaced by these, complete with the target's states, which are read anew."""
+        kept = {name: tensor[: len(tensor) - len(rows)] for name, tensor in batch.items()}
+        fresh = self.complete(self._to_device(collate(rows)))
+        if not len(kept["input_ids"]):
+            return fresh
+        kept = self.complete(kept)
+        longest = max(part["input_ids"].shape[1] for part in (kept, fresh))
+        return {name: torch.cat([_padded(part[name], longest) for part in (kept, fresh)]) for name in fresh}
 
     def held(self, indices: list[int], size: int) -> Iterator[dict[str, Tensor]]:
         """Batches of at most `size` of these rows, complete with the target's states."""

@@ -20,7 +20,16 @@ from vllm_steer.training.pair import OFFSET_RULES
 
 STEERED = "steered"
 MODES = {"steer": "steering only, an adapter", "joint": "steering and drafter", "distill": "drafter only, the control"}
-OF_STEERED = ("mode", "offsets", "guide_dropout", "drafter_lr", "rank", "steered_layers", "gradient_checkpointing")
+OF_STEERED = (
+    "mode",
+    "offsets",
+    "guide_dropout",
+    "on_policy",
+    "drafter_lr",
+    "rank",
+    "steered_layers",
+    "gradient_checkpointing",
+)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,6 +74,10 @@ class TrainConfig:
     guide_dropout: float = option(
         0.0, "share of rows that train without their guide in each step, so that the drafter also drafts well unsteered"
     )
+    on_policy: float = option(
+        0.0, "share of every batch that the drafter writes itself, anew as it changes (modes distill and joint)"
+    )
+    renew: int = option(50, "with --on-policy: steps for which what the drafter wrote is used")
     steps: int = option(1000, "optimiser steps; 0 writes the starting point")
     batch_size: int = option(8, "rows per forward and device")
     accumulate: int = option(1, "forwards per optimiser step")
@@ -133,6 +146,7 @@ class TrainConfig:
             raise SteeringError(
                 f"--guide-dropout is for --mode joint, where guide and drafter train; --mode is {self.mode}"
             )
+        self._check_on_policy()
         for name in self.report_to:
             require_one_of("--report-to", name, ("tensorboard", "wandb"))
             if find_spec(name) is None:
@@ -141,6 +155,20 @@ class TrainConfig:
             raise SteeringError(f"--workers {self.workers} needs --ray; without Ray start torchrun --nproc-per-node")
         self._check_kind()
         self.template_options  # noqa: B018 - refuses what is not usable
+
+    def _check_on_policy(self) -> None:
+        require_at_least("--renew", self.renew, 1)
+        if not 0 <= self.on_policy <= 1:
+            raise SteeringError(f"--on-policy is {self.on_policy}, allowed is 0 to 1")
+        if self.on_policy and self.mode == "steer" and self.kind == STEERED:
+            raise SteeringError(
+                "--on-policy is for modes in which the drafter changes, joint and distill; --mode is steer"
+            )
+        if self.on_policy and self.save_every % self.renew:
+            raise SteeringError(
+                f"--save-every is {self.save_every} and --renew {self.renew}: with --on-policy give a --save-every "
+                "that --renew divides, so that a resumed run writes what the first one wrote"
+            )
 
     def _check_kind(self) -> None:
         defaults = {each.name: each.default for each in dataclasses.fields(self)}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from vllm_steer.drafters.steered.hf import attach, decoder_layers
+from vllm_steer.drafters.steered.hf import Injector, attach, decoder_layers
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.training.losses import Distance, by_position
 
@@ -106,6 +106,11 @@ class Pair(TrainedWeights):
             drafter.get_decoder().layers = decoder_layers(drafter)[first_layer:]
         slots = [] if steering is None else [i - first_layer for i in steering.config.steered_layers]
         self._injector = [attach(drafter, tuple(slots))] if slots else []
+
+    @property
+    def injector(self) -> Injector | None:
+        """What steers the drafter's layers; None where nothing does."""
+        return self._injector[0] if self._injector else None
 
     def hidden(self, batch: dict[str, Tensor], source: Tensor | None) -> Tensor:
         """The drafter's last hidden states [N, H2] at response positions, each steered from the state at `source`."""

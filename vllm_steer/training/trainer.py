@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import fingerprint
 from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data import split
-from vllm_steer.data.dataset import sha256
+from vllm_steer.data.dataset import Row, sha256
 from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.tokenizer import require_embeddings
 from vllm_steer.training import record, runs, writing
 from vllm_steer.training.batches import Batches, read_data
 from vllm_steer.training.block_pair import BlockPair
 from vllm_steer.training.config import TrainConfig, add_arguments
+from vllm_steer.training.on_policy import Writer
 from vllm_steer.training.pair import Pair
 from vllm_steer.training.plots import plot_training
 
@@ -149,7 +151,8 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     if config.control is not None:
         split.check_control(config.control, data)
     control = _judge_control(config, made, held)
-    trainer = _trainer(config, pair, source, training, arguments, judge)
+    writer = _writer(config, made, [everything[i] for i in training], tokenizer)
+    trainer = _trainer(config, pair, source, training, arguments, judge, writer)
     checkpoints, last = Path(arguments.output_dir), last_checkpoint(Path(config.output)) if config.resume else None
     if trainer.is_world_process_zero():
         if last is None:
@@ -157,12 +160,14 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
             record.store(config, checkpoints)
         else:
             record.note_resume(config, last)
+    begun = time.perf_counter()
     if config.steps:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
+    own = {} if writer is None else {"on_policy": writer.report(time.perf_counter() - begun)}
     if not trainer.is_world_process_zero():
         return None
     writing.round_weights(pair, made.stored)
-    acceptance = {"data": data, "untrained": before, "trained": judge()} | control
+    acceptance = {"data": data, "untrained": before, "trained": judge()} | own | control
     made.write(_provenance(config) | record.resumptions(checkpoints), acceptance)
     plot_training(Path(config.output) / "training.png", acceptance, trainer.state.log_history)
     if not config.ray:  # Ray Train still writes there
@@ -175,6 +180,21 @@ def _judge(pair: Pair | BlockPair, source: Batches, held_out: list[int], config:
     found = pair.eval().measure(source.held(held_out, config.batch_size), config.k)
     pair.train(training)
     return found
+
+
+def _writer(config: TrainConfig, made: runs.Run, rows: list[Row], tokenizer: Any) -> Writer | None:
+    """Who writes rows anew during the run; None: nobody."""
+    if not config.on_policy:
+        return None
+    assert isinstance(made.pair, Pair)
+    ends = {tokenizer.eos_token_id} | set(_listed(made.target.generation_config.eos_token_id))
+    eos, rank = frozenset(ends - {None}), int(os.environ.get("RANK", 0))
+    rest = (config.on_policy, config.renew, config.k, config.seed, eos, rank)
+    return Writer(made.pair, made.source, rows, *rest)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _judge_control(config: TrainConfig, made: runs.Run, held_out: list[int]) -> dict[str, Any]:
@@ -220,7 +240,13 @@ def _arguments(config: TrainConfig) -> Any:
 
 
 def _trainer(
-    config: TrainConfig, pair: Pair | BlockPair, source: Batches, rows: list[int], arguments: Any, judge: Any
+    config: TrainConfig,
+    pair: Pair | BlockPair,
+    source: Batches,
+    rows: list[int],
+    arguments: Any,
+    judge: Any,
+    writer: Writer | None,
 ) -> Any:
     """A Trainer whose loss is the distance to the target; progress, logging, schedule and resume are its own."""
     from transformers import Trainer
@@ -231,6 +257,8 @@ def _trainer(
         ) -> tuple[list[Any], Tensor]:
             """The batches of one optimiser step, and how many positions they have in all processes together."""
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if writer is not None:
+                batches = writer.replace(batches, self.state.global_step)
             count = torch.tensor(sum(pair.positions(batch) for batch in batches), device=device)
             return batches, self.accelerator.gather(count).sum()
 

@@ -53,6 +53,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     (dict(loss="tvd"), "--loss was jsd when .* and is tvd now"),
     (dict(offsets="block"), "--offsets was batch"),
     (dict(guide_dropout=0.1, mode="joint"), "--guide-dropout was 0.0"),
+    (dict(renew=20), "--renew was 50"),
     (dict(batch_size=2), "--batch-size was 4"),
     (dict(accumulate=2), "--accumulate was 1"),
     (dict(lr=0.5), "--lr was 0.01"),
@@ -78,6 +79,7 @@ def test_another_option_is_refused(stopped: Path, folder: Path, tmp_path: Path, 
 
 def test_every_option_is_compared_or_free() -> None:
     compared = {next(iter(changes)) for changes, _ in CHANGES} | {"target", "drafter", "data"}
+    compared |= {"on_policy"}  # test_on_policy.py
     compared |= {"kind", "layers", "anchors", "freeze_base"}  # test_block_training.py
     assert compared | record.FREE == {field.name for field in dataclasses.fields(TrainConfig)}
     assert not compared & record.FREE

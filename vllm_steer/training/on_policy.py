@@ -1,0 +1,186 @@
+"""Rows that the drafter writes anew while it changes (DistillSpec, arXiv 2310.08461, section 3: on-policy data).
+
+Every `--renew` steps the drafter answers training prompts as it is then. A steered drafter writes in blocks of k, each
+under the guide of the target's state before it, as when serving; all k drafts are kept. What is written is seeded by
+the step, so a run that is resumed there writes the same.
+
+Shape legend: R rows, P prompt tokens (padded on the left), V vocabulary, H target hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vllm_steer.common.errors import SteeringError
+from vllm_steer.data.dataset import Row
+from vllm_steer.drafters.models import text_config
+from vllm_steer.training.batches import Batches
+from vllm_steer.training.pair import Pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+Draw = Callable[[Tensor], Tensor]  # logits [R, V] -> tokens [R]
+AT_ONCE = 32  # rows that are written together
+
+
+@dataclass
+class Writer:
+    """Replaces a share of every batch by rows that the drafter has written within the last `renew` steps."""
+
+    pair: Pair
+    source: Batches
+    prompts: list[Row]  # what may be answered anew
+    fraction: float
+    renew: int
+    k: int
+    seed: int
+    eos: frozenset[int]
+    rank: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    _pool: list[Row] = field(default_factory=list)
+    _of: int = -1  # the step that the pool is of
+
+    def __post_init__(self) -> None:
+        self.prompts = [row for row in self.prompts if row.prompt_length]
+        if not self.prompts:
+            raise SteeringError("--on-policy needs rows with a prompt, the data has none: give prompts and responses")
+
+    def replace(self, batches: Sequence[dict[str, Tensor]], step: int) -> list[dict[str, Tensor]]:
+        """The batches of one optimiser step, the last rows of each written by the drafter, with the target's states."""
+        sizes = [len(batch["input_ids"]) for batch in batches]
+        counts = [round(self.fraction * size) for size in sizes]
+        first = step - step % self.renew
+        if self._of != first:
+            self._write(first, self.renew * sum(counts))
+        rng = random.Random(f"{self.seed}:{step}:{self.rank}:take")
+        return [
+            self.source.replace(batch, rng.sample(self._pool, min(n, len(self._pool)))) if n else batch
+            for batch, n in zip(batches, counts, strict=True)
+        ]
+
+    def _write(self, step: int, count: int) -> None:
+        start, rng = time.perf_counter(), random.Random(f"{self.seed}:{step}:{self.rank}")
+        rows = rng.choices(self.prompts, k=count)
+        generator = torch.Generator(self.source.device).manual_seed(rng.getrandbits(63))
+        draw = lambda logits: torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]  # noqa: E731
+        training, self._pool, self._of = self.pair.training, [], step
+        self.pair.eval()
+        for first in range(0, count, AT_ONCE):
+            target, layers = self.source.target, self.source.layers
+            self._pool += answers(self.pair, target, layers, rows[first : first + AT_ONCE], self.k, self.eos, draw)
+        self.pair.train(training)
+        tokens, seconds = sum(len(r.ids) - r.prompt_length for r in self._pool), time.perf_counter() - start
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        log.info("step %d: the drafter wrote %d rows, %d tokens, in %.1f s", step, count, tokens, seconds)
+
+    def report(self, seconds: float) -> dict[str, Any]:
+        """For acceptance.json, of a training that took so long: what was written, and which share of the time."""
+        share = self.seconds / seconds if seconds else 0.0
+        return {"fraction": self.fraction, "renew": self.renew, "tokens": self.tokens, "share_of_time": share}
+
+
+class _Cached:
+    """A model with its KV cache over rows that are padded on the left."""
+
+    def __init__(self, model: PreTrainedModel, mask: Tensor):
+        """`mask` bool [R, P]: real tokens of the prompts."""
+        self.model, self.cache, self.mask = model, DynamicCache(), mask
+
+    def feed(self, tokens: Tensor, start: int, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """Feed tokens [R, T] at columns start, start + 1, ..., dropping what was cached from there on.
+
+        Returns the last column's logits [R, V], and the inputs of `layers` there [R, len(layers) H] (none: None).
+        """
+        surplus = self.cache.get_seq_length() - start
+        if surplus > 0:
+            self.cache.crop(-surplus)
+        end = start + tokens.shape[1]
+        mask = torch.nn.functional.pad(self.mask, (0, max(0, end - self.mask.shape[1])), value=True)[:, :end]
+        out = self.model(
+            tokens,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, start:],
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=bool(layers),
+            logits_to_keep=1,
+        )
+        states = torch.cat([out.hidden_states[i][:, -1] for i in layers], -1) if layers else None
+        return out.logits[:, -1], states
+
+
+@torch.no_grad()
+def answers(
+    pair: Pair,
+    target: PreTrainedModel,
+    layers: Sequence[int],
+    rows: Sequence[Row],
+    k: int,
+    eos: frozenset[int],
+    draw: Draw,
+) -> list[Row]:
+    """The rows' prompts with answers by the drafter, none longer than the row's own; an end-of-sequence token ends one.
+
+    Args:
+        layers: ids of the target layers whose inputs steer the drafter.
+        k: drafts under one guide.
+        draw: chooses the tokens.
+    """
+    device, width = pair.drafter.device, max(row.prompt_length for row in rows)
+    text = torch.tensor([[0] * (width - r.prompt_length) + list(r.prompt) for r in rows], device=device)
+    mask = torch.arange(width, device=device) >= torch.tensor([[width - r.prompt_length] for r in rows], device=device)
+    most = max(len(row.ids) - row.prompt_length for row in rows)
+    reader = _Cached(target, mask) if pair.steering is not None else None
+    drafter = _Cached(pair.drafter, mask)
+    vocabulary = min(text_config(model.config).vocab_size for model in (target, pair.drafter))
+    with _under(pair, None):  # a prompt is never steered
+        logits, states = drafter.feed(text, 0)
+    if reader is not None:  # when serving, the target says the first token
+        logits, states = reader.feed(text, 0, layers)
+    text = torch.cat([text, draw(logits[:, :vocabulary])[:, None]], 1)
+    window = newest = width
+    while text.shape[1] - width < most and not _all_ended(text[:, width:], eos):
+        with _under(pair, states):
+            feed, start = text[:, window:], window
+            for _ in range(k):
+                logits, _ = drafter.feed(feed, start)
+                start, feed = start + feed.shape[1], draw(logits[:, :vocabulary])[:, None]
+                text = torch.cat([text, feed], 1)
+        if reader is not None:
+            _, states = reader.feed(text[:, newest:-1], newest, layers)
+        window, newest = newest if reader is not None else newest + k, newest + k
+    return [_row(row, text[i, width:].tolist(), eos) for i, row in enumerate(rows)]
+
+
+def _under(pair: Pair, states: Tensor | None) -> Any:
+    """The context in which the drafter's rows are steered by states [R, 3H]; None: they are not."""
+    if pair.steering is None or pair.injector is None:
+        return nullcontext()
+    if states is None:
+        return pair.injector.using(None)
+    return pair.injector.using(pair.steering(states.to(pair.steering.fuse.weight.dtype))[:, None])
+
+
+def _all_ended(written: Tensor, eos: frozenset[int]) -> bool:
+    ends = torch.isin(written, torch.tensor(sorted(eos), device=written.device))
+    return bool(ends.any(-1).all())
+
+
+def _row(row: Row, written: list[int], eos: frozenset[int]) -> Row:
+    written = written[: len(row.ids) - row.prompt_length]
+    end = next((i + 1 for i, token in enumerate(written) if token in eos), len(written))
+    return Row((*row.prompt, *written[:end]), row.prompt_length, row.category, row.number)
