@@ -57,7 +57,9 @@ def run_call(llm: Any, call: dict[str, Any]) -> list[Any]:
         if "abort" in call and step == call["abort"]["after"]:
             engine.abort_request([str(i) for i in call["abort"]["prompts"]])
         if "steer" in call and step == call["steer"]["after"]:
-            call["switched"] = llm.collective_rpc("steer", args=(call["steer"]["scale"],))
+            call["switched"] = llm.collective_rpc(
+                "steer", kwargs={k: v for k, v in call["steer"].items() if k != "after"}
+            )
         if "refine" in call and step == call["refine"]["after"]:
             call["switched"] = llm.collective_rpc("refine", args=(call["refine"]["on"],))
         if "kill" in call and step == call["kill"]["after"]:

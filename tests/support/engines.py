@@ -96,9 +96,10 @@ class Runner:
 
         "sampling" may be a list, one for each prompt, and so may "lora" (a directory or None); with "abort":
         {"after": steps, "prompts": [indices]} those prompts are aborted after that many engine steps, with "steer":
-        {"after": steps, "scale": number} or "refine": {"after": steps, "on": bool} the switch is thrown then (its
-        answers: "switched"), with "kill": {"after": steps, "rank": number} that worker is killed, where workers are
-        Ray's actors. A call marked "refused" may be refused by vLLM; its result is then {"refused": vLLM's sentence}.
+        {"after": steps, "scale": number, "adapter": name}, either or both, or "refine": {"after": steps, "on": bool}
+        the switch is thrown then (its answers: "switched"), with "kill": {"after": steps, "rank": number} that worker
+        is killed, where workers are Ray's actors. A call marked "refused" may be refused by vLLM; its result is then
+        {"refused": vLLM's sentence}.
         "continues": i puts the prompts and answers of call i before the one prompt of this call.
 
         Returns {"calls": [{"tokens": [[ids]], "blocks": [[[position, [drafts]], ...] per prompt]}], "log": text,

@@ -5,6 +5,7 @@ A line is one of (other keys, such as `generate` writes, are left alone; a "cate
                                                             "tools" beside them
     {"text": TEXT}                                          no prompt: every token is a response
     {"prompt_ids": [...], "response_ids": [...]}            token ids, taken as they are
+    {"request": {...}, "response": ...}                     an exchange of the OpenAI API, see gateway_log.py
 
 Lines that cannot be used are left out, named and counted, as in prompt files (jsonl.py). Rows dropped or truncated by
 the limits of a run (its length, the models' positions and vocabulary) are counted and reported; a run that keeps less
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.data import gateway_log
 from vllm_steer.data.jsonl import LeftOut, check_prompt, check_text, check_tools, parse_line, read_lines
 from vllm_steer.data.prompts import encode_prompt
 from vllm_steer.data.split import Row, split_rows
@@ -35,7 +37,7 @@ __all__ = ["Row", "collate", "read_file", "read_rows", "sha256", "split_rows", "
 log = logging.getLogger(__name__)
 
 FORMS = ({"prompt", "response"}, {"text"}, {"prompt_ids", "response_ids"})
-ALLOWED = '{"prompt", "response"}, {"text"} or {"prompt_ids", "response_ids"}'
+ALLOWED = '{"prompt", "response"}, {"text"}, {"prompt_ids", "response_ids"} or {"request", "response"}'
 LEAST_ROWS, LEAST_TOKENS = 1 / 2, 1 / 10  # share of rows and of response tokens that must remain
 
 
@@ -58,6 +60,7 @@ def read_file(
     template: dict[str, Any] | None = None,
     positions: tuple[int, str] | None = None,
     embeddings: int | None = None,
+    model: str | None = None,
 ) -> tuple[list[Row], str]:
     """Rows of a JSONL file cut to `max_length` tokens, and what was left out, in words ("" for nothing).
 
@@ -65,6 +68,7 @@ def read_file(
         template: further variables of the chat template.
         positions: how many positions a model has, and its name; rows longer than that, once cut, are left out.
         embeddings: how many token ids the models have embeddings for, where a tokenizer may have more.
+        model: of a gateway's log: the name the target was served under; answers of others are left out. None: of any.
 
     Left out and named are lines that are none of the forms above, or have ids outside the vocabulary of tokenizer or
     models; left out and counted are rows whose prompt leaves no room for a response, and rows beyond `positions`.
@@ -75,7 +79,9 @@ def read_file(
     rows: list[Row] = []
     for number, line in read_lines(path):
         try:
-            row = limits.apply(_row(line, tokenizer, template, vocabulary))
+            row = limits.apply(_row(line, tokenizer, template, vocabulary, model))
+        except gateway_log.NotAnswered as error:
+            limits.skipped[str(error)] += 1
         except SteeringError as error:
             bad.add(path, number, error)
             limits.lost["ids outside the vocabulary"] += isinstance(error, _OutsideVocabulary)
@@ -106,6 +112,7 @@ class _Limits:
     def __init__(self, path: str | Path, length: int, positions: tuple[int, str] | None):
         self.path, self.length, self.positions = path, length, positions
         self.lost: Counter[str] = Counter()  # rows by reason
+        self.skipped: Counter[str] = Counter()  # exchanges of a log that are nothing to train on, by reason
         self.kept = self.cut = 0  # rows
         self.cut_tokens = self.tokens = 0  # response tokens: cut off, and in all
 
@@ -130,6 +137,7 @@ class _Limits:
         """What was dropped and truncated, in words."""
         rows = self.kept + self.lost.total()
         found = [f"{count} of {rows} rows left out: {reason}" for reason, count in self.lost.items() if count]
+        found += [f"{count} logged exchanges left out: {reason}" for reason, count in sorted(self.skipped.items())]
         if self.cut:
             share = f"{self.cut_tokens} of {self.tokens} response tokens"
             found.append(f"{self.cut} of {rows} rows cut to {self.length} tokens (--max-length), which takes {share}")
@@ -182,9 +190,14 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _row(line: bytes, tokenizer: Any, template: dict[str, Any] | None, vocabulary: int) -> Row:
+def _row(
+    line: bytes, tokenizer: Any, template: dict[str, Any] | None, vocabulary: int, model: str | None = None
+) -> Row:
     """A line's row, uncut. Raises SteeringError saying what is wrong with it."""
     raw = parse_line(line)
+    if isinstance(raw, dict) and gateway_log.is_exchange(raw):
+        raw = gateway_log.row(raw, model)
+        template = (template or {}) | raw.pop("template", {})
     if not isinstance(raw, dict) or sum(form <= set(raw) for form in FORMS) != 1:
         found = reprlib.repr(sorted(raw)) if isinstance(raw, dict) else type(raw).__name__
         raise SteeringError(f"found {found}; a line is {ALLOWED}")

@@ -29,6 +29,8 @@ from vllm_steer.serving.telemetry.block_counter import Blocks, Verified, count
 
 logger = logging.getLogger("vllm.steer")
 
+INITIAL = "initial"  # the name of the steering that an engine started with
+
 # The fuse adds three states of which each may be near float16's end (outlier channels of the residual stream reach
 # 1e4); the LayerNorm that follows takes the factor out again.
 FLOAT16_FACTOR = 2.0**-6
@@ -46,15 +48,13 @@ class Injection:
             raise SteeringError(f"{plan.source} changed while the server was starting: start it again")
         self.plan = plan
         self.blocks: Blocks | None = None  # counts them, in the first rank
-        self.config = steering.config
-        self.steering = _shard(steering, tp_rank, tp_size).to(device=device, dtype=dtype).requires_grad_(False)
         self.factor = FLOAT16_FACTOR if dtype == torch.float16 else 1.0
         self._eps = NORM_EPS * self.factor**2
-        self._fuse_bias = self.steering.fuse.bias * self.factor
-        self.scale = plan.scale
         self._cpu = device.type == "cpu"
-        if self._cpu:
-            _multiply_like_vllm(self.steering)
+        self._tp = tp_rank, tp_size
+        self._where = device, dtype
+        self._scale = plan.scale
+        self.take(steering, INITIAL)
         n, hidden = plan.max_num_seqs, self.config.target.hidden_size
         self.width = self.config.drafter.intermediate_size // tp_size
         self.deltas = torch.zeros(n + 1, self.config.num_steered, self.width, device=device, dtype=dtype)
@@ -66,6 +66,16 @@ class Injection:
         self._back = torch.arange(plan.draft_length + 2, device=device)
         self._cpu_rows = CpuRows()
         self._drafting = False  # `entry` is that of the later passes
+
+    def take(self, steering: Steering, name: str) -> None:
+        """Draft with this steering, of the same form as the last one, from the next round on."""
+        device, dtype = self._where
+        placed = _shard(steering, *self._tp).to(device=device, dtype=dtype).requires_grad_(False)
+        fuse_bias = placed.fuse.bias * self.factor
+        if self._cpu:
+            _multiply_like_vllm(placed)
+        self.steering, self.config, self.adapter, self._fuse_bias = placed, steering.config, name, fuse_bias
+        self.scale = self._scale
 
     @property
     def scale(self) -> float:

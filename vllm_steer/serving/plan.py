@@ -33,6 +33,7 @@ class Options:
     adapter: str | None = None  # directory or hub id with a steering/ folder; the draft model is its base drafter
     revision: str | None = None  # of the adapter, on the hub
     scale: float = 1.0  # multiplies every delta; 0 drafts like the plain drafter
+    adapters: str | None = None  # directory below which the live switch may load others (serving/adapters.py)
     draft_graphs: bool = False  # V2: replay the drafter's decode passes as CUDA graphs
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
     tree: list[int] | None = None  # children of every node by depth, in place of a chain of drafts
@@ -71,7 +72,7 @@ class Options:
         for key in ("draft_graphs", "filter_drafts", "refine"):
             if not isinstance(value := getattr(self, key), bool):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} is {value!r}, allowed are true and false")
-        for key in ("adapter", "revision", "ngram"):
+        for key in ("adapter", "adapters", "revision", "ngram"):
             if not isinstance(getattr(self, key), str | None):
                 raise SteeringError(f"additional-config {OPTIONS}: {key} must be a string")
         self._check_drafting()

@@ -7,6 +7,8 @@ and the route that reaches it exists in vLLM's development mode only.
         --worker-extension-cls vllm_steer.serving.scale.Switch
     curl 127.0.0.1:8000/collective_rpc -d '{"method": "steer", "kwargs": {"scale": 0}}'
 
+{"method": "steer", "kwargs": {"adapter": "NAME"}} loads another steering from below the directory that the server was
+told at start (adapters.py), "initial" the first one again; all workers change, or none.
 {"method": "refine", "kwargs": {"on": false}} does the same for a block drafter's approximator or bigram.
 
 That mode's routes reach every method of a worker, and vLLM's --api-key does not guard them: keep them from the network.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from vllm_steer.serving import adapters
 from vllm_steer.serving.plan import MAX_SCALE
 
 logger = logging.getLogger("vllm.steer")
@@ -29,6 +32,7 @@ class Switch:
     """Mixed into vLLM's worker by `--worker-extension-cls`."""
 
     model_runner: Any  # the worker's
+    vllm_config: Any
     rank: int
 
     def refine(self, on: bool | None = None) -> dict[str, Any]:
@@ -50,20 +54,25 @@ class Switch:
         runner = self.model_runner
         return getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
 
-    def steer(self, scale: float | None = None) -> dict[str, Any]:
-        """Multiply every delta by `scale` from the next draft round on; 0 drafts like the plain drafter.
+    def steer(self, scale: float | None = None, adapter: str | None = None) -> dict[str, Any]:
+        """Multiply every delta by `scale`, and take them from `adapter`, from the next draft round on; at 0 the drafts
+        are the plain drafter's.
 
-        Without `scale` nothing changes. Returns {"rank", "scale"}, or {"rank", "error"} for an engine that is not
-        steered or a scale that is no number: what a worker raises would end its engine on some executors.
+        What is left out does not change. Returns {"rank", "scale", "adapter"}, or {"rank", "error"}, and then nothing
+        has changed, for an engine that is not steered, a scale that is no number, or an adapter that cannot be loaded:
+        what a worker raises would end its engine on some executors.
         """
         injection = getattr(self._drafter, "injection", None)
         if injection is None:
             return {"rank": self.rank, "error": "this engine is not steered"}
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if scale is not None and not (number and abs(scale) <= MAX_SCALE):
+            allowed = f"a number from -{MAX_SCALE} to {MAX_SCALE}"
+            return {"rank": self.rank, "error": f"scale is {scale!r}, allowed is {allowed}"}
+        if adapter is not None and (error := adapters.swap(injection, self.vllm_config, adapter)) is not None:
+            return {"rank": self.rank, "error": error}
         if scale is not None:
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= MAX_SCALE:
-                allowed = f"a number from -{MAX_SCALE} to {MAX_SCALE}"
-                return {"rank": self.rank, "error": f"scale is {scale!r}, allowed is {allowed}"}
             if scale != injection.scale:
                 logger.warning("steering scale changes from %g to %g, on request", injection.scale, scale)
             injection.scale = float(scale)
-        return {"rank": self.rank, "scale": injection.scale}
+        return {"rank": self.rank, "scale": injection.scale, "adapter": injection.adapter}

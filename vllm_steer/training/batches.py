@@ -45,7 +45,7 @@ def read_data(config: TrainConfig, tokenizer: Any) -> tuple[list[Row], list[Row]
                     f"the drafter {config.drafter}: {what[0]} from the target's; generate responses with one of these, "
                     "or give that target"
                 )
-    limits = model_limits(*config.writers)
+    limits = model_limits(*config.writers) | {"model": config.log_model or config.target}
     (first, left_out), *others = (
         read_file(path, tokenizer, config.max_length, config.template_options, **limits) for path in config.data
     )

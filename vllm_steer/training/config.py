@@ -40,8 +40,8 @@ class TrainConfig:
     target: str = option(MISSING, "target model: hub id or directory")
     data: tuple[str, ...] = option(
         MISSING,
-        "JSONL files of prompts and responses: from `vllm-steer generate`, or your own (vllm_steer/data/dataset.py); "
-        "a twentieth of the prompts of the first is held out for measuring, with all their rows",
+        "JSONL files of prompts and responses: from `vllm-steer generate`, or your own (vllm_steer/data/dataset.py), "
+        "or a gateway's log; a twentieth of the prompts of the first is held out for measuring, with all their rows",
         nargs="+",
     )
     output: str = option(MISSING, "directory to write: a drafter with steering/; mode steer: steering/ alone")
@@ -50,6 +50,9 @@ class TrainConfig:
         "pretrained drafter that encodes texts as the target does: hub id or directory; for a block drafter, one to "
         "start from (default: a new one)",
         type=str,
+    )
+    log_model: str | None = option(
+        None, "of a gateway's log in --data: the name the target was served under (default: --target)", type=str
     )
     kind: str = option(
         STEERED,

@@ -136,7 +136,7 @@ def test_no_draft_model_beside_data_parallel_experts_on_v2(v2: bool, size: int, 
     [
         (
             {"vllm_steer": {"adaptor": "x"}},
-            "unknown key 'adaptor'; allowed are adapter, revision, scale, draft_graphs, filter_drafts",
+            "unknown key 'adaptor'; allowed are adapter, revision, scale, adapters, draft_graphs, filter_drafts",
         ),
         ({"vllm_steer": {"scale": "big"}}, "scale is 'big', allowed is a number"),
         ({"vllm_steer": {"filter_drafts": "no"}}, "filter_drafts is 'no', allowed are true and false"),

@@ -134,7 +134,9 @@ class Engine(types.SimpleNamespace):
 ACCEPTANCE = {"trained": {"agreement": [0.5] * K, "overlap": [0.25] * K}}
 
 
-def gauges(name: str, engine_index: int = 0, steered: bool = True, **parallel: Any) -> Any:
+def gauges(
+    name: str, engine_index: int = 0, steered: bool = True, additional_config: Any = None, **parallel: Any
+) -> Any:
     """The stat logger of a server whose model is called `name`."""
     from vllm_steer.serving.plan import PLAN, Written
     from vllm_steer.serving.telemetry.metrics import Gauges
@@ -146,9 +148,15 @@ def gauges(name: str, engine_index: int = 0, steered: bool = True, **parallel: A
         speculative_config=types.SimpleNamespace(draft_model_config=draft, method="draft_model") if steered else None,
         model_config=types.SimpleNamespace(served_model_name=name),
         parallel_config=types.SimpleNamespace(**parallel),
-        additional_config={},
+        additional_config=additional_config,
     )
     return Gauges(config, engine_index)
+
+
+def reports(engine: Any, acceptance: dict[str, Any] | None = None, index: int = 0) -> reporter.Reporter:
+    """The worker's side, of a steering for which this acceptance was recorded."""
+    engine.config, engine.adapter = types.SimpleNamespace(acceptance=acceptance or {}), "initial"
+    return reporter.Reporter(engine, index)
 
 
 def exposed(name: str, engine_index: int = 0) -> dict[str, float]:
@@ -165,7 +173,7 @@ def exposed(name: str, engine_index: int = 0) -> dict[str, float]:
 
 
 def test_guides_that_are_not_finite_are_warned_of_once(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker = reporter.Reporter(engine, ACCEPTANCE, 0)
+    worker = reports(engine, ACCEPTANCE, 0)
     for _ in range(2):
         engine.blocks.guides += torch.tensor([0, 0, 3])
         worker.look()
@@ -183,7 +191,7 @@ def test_the_requests_vllm_warms_its_kernels_with_are_not_counted(engine: Any) -
 
 
 def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
-    worker = reporter.Reporter(engine, ACCEPTANCE, 0)
+    worker = reports(engine, ACCEPTANCE, 0)
     server = gauges("counted")
     server.log_engine_initialized()
     assert exposed("counted")["blocks_total"] == 0 == exposed("counted")["guide_norm"]
@@ -196,7 +204,8 @@ def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
     server.record(None, None, mm_cache_stats=None, engine_idx=0)
     first = exposed("counted")
     assert first == {
-        "steering_on": 1, "guide_norm": 6, "blocks_total": 2, "steered_blocks_total": 1, "accepted_tokens_total": 4,
+        "steering_on": 1, "guide_norm": 6, "adapter_initial": 1,
+        "blocks_total": 2, "steered_blocks_total": 1, "accepted_tokens_total": 4,
         "accepted_tokens_per_pos_total_0": 2, "accepted_tokens_per_pos_total_1": 1,
         "accepted_tokens_per_pos_total_2": 1, "accepted_tokens_per_pos_total_3": 0,
         "recorded_accepted_tokens_greedy": 0.9375,
@@ -214,7 +223,7 @@ def test_what_a_worker_counts_is_at_metrics(engine: Any) -> None:
 def test_a_worker_that_starts_again_counts_on(engine: Any) -> None:
     server = gauges("again")
     for round in (1, 2):
-        worker = reporter.Reporter(engine, {}, 0)
+        worker = reports(engine)
         round_of(engine.blocks, "a", None, [0], [4])
         round_of(engine.blocks, "a", [K], [5], [3])
         worker.look()
@@ -225,9 +234,36 @@ def test_a_worker_that_starts_again_counts_on(engine: Any) -> None:
     assert not [name for name in exposed("again") if "recorded" in name]
 
 
+def test_another_adapter_is_named_and_judged_afresh(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    worker, server = reports(engine, ACCEPTANCE), gauges("swapped")
+    engine.blocks.read = lambda: counts_of((K, 0, watchdog.ENOUGH - 1))
+    worker.look()
+    server.log()
+    assert exposed("swapped")["recorded_accepted_tokens_greedy"] == 0.9375
+    engine.config, engine.adapter = types.SimpleNamespace(acceptance={"trained": {"agreement": [1.0] * K}}), "mine"
+    worker.look()
+    server._file, server._next = worker._file, 0
+    server.log()
+    found = exposed("swapped")
+    assert (found["adapter_initial"], found["adapter_mine"], found["recorded_accepted_tokens_greedy"]) == (0, 1, K)
+    engine.blocks.read = lambda: counts_of((K, 0, 2 * watchdog.ENOUGH - 2))
+    worker.look()
+    assert "collapsed" not in caplog.text, "what the old steering drafted is not held against the new one"
+    engine.blocks.read = lambda: counts_of((K, 0, 2 * watchdog.ENOUGH))
+    worker.look()
+    assert "collapsed" in caplog.text and "4.00 recorded" in caplog.text
+
+
+def test_lenience_is_a_gauge() -> None:
+    asked = {"vllm_steer": {"lenience": {"epsilon": 0.5, "form": "square"}}}
+    server = gauges("lenient", steered=False, additional_config=asked)
+    assert exposed("lenient") == {"lenience_epsilon_square": 0.5}
+    assert not server._on
+
+
 def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
     other = Engine(blocks=Blocks(8, K, torch.device("cpu")), scale=0)
-    workers = reporter.Reporter(engine, {}, 0), reporter.Reporter(other, {}, 1)
+    workers = reports(engine), reports(other, {}, 1)
     for i in (0, 1):
         gauges("several", i).log()
     assert [exposed("several", i)["steering_on"] for i in (0, 1)] == [1, 0]
@@ -235,7 +271,7 @@ def test_engines_of_one_server_are_told_apart(engine: Any) -> None:
 
 
 def test_a_cleaned_folder_is_made_again(engine: Any) -> None:
-    worker = reporter.Reporter(engine, {}, 0)
+    worker = reports(engine)
     shutil.rmtree(reporter.directory())
     worker.look()
     assert reporter.find(os.getpid(), 0) == worker._file
@@ -277,7 +313,7 @@ def test_a_steered_drafter_that_nobody_looked_at_ends_the_server() -> None:
 
 def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
     """They are siblings of the engine: what they share is their parent."""
-    worker = reporter.Reporter(engine, {}, 0)
+    worker = reports(engine)
     gauges("second", _api_process_count=2, _api_process_rank=1).log()
     gauges("first", _api_process_count=2, _api_process_rank=0).log()
     assert not exposed("second") and exposed("first")["steering_on"] == 1
@@ -285,7 +321,7 @@ def test_of_several_api_servers_the_first_reports(engine: Any) -> None:
 
 
 def test_somebody_elses_worker_is_not_ours(engine: Any) -> None:
-    worker = reporter.Reporter(engine, {}, 0)
+    worker = reports(engine)
     report = json.loads(worker._file.read_text())
     assert report["ancestors"][0] == os.getpid() and os.getppid() in report["ancestors"]
     worker._file.write_text(json.dumps(report | {"ancestors": report["ancestors"][1:]}))
@@ -299,7 +335,7 @@ def test_somebody_elses_worker_is_not_ours(engine: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pid": 1}', "\x00\xff", None])
 def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = reporter.Reporter(engine, {}, 0), gauges("bad")
+    worker, server = reports(engine), gauges("bad")
     server.log()
     before = exposed("bad")
     worker._file.unlink() if text is None else worker._file.write_text(text, encoding="utf-8")
@@ -318,7 +354,7 @@ def test_a_bad_file_never_raises(text: str | None, engine: Any, caplog: pytest.L
 
 
 def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = reporter.Reporter(engine, {}, 0), gauges("full")
+    worker, server = reports(engine), gauges("full")
     server.log()
     before, limits = exposed("full"), resource.getrlimit(resource.RLIMIT_FSIZE)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
@@ -338,7 +374,7 @@ def test_metrics_come_back_after_a_full_disk(engine: Any, caplog: pytest.LogCapt
 
 
 def test_a_report_without_its_numbers_never_raises(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
-    worker, server = reporter.Reporter(engine, {}, 0), gauges("odd")
+    worker, server = reports(engine), gauges("odd")
     report = json.loads(worker._file.read_text())
     worker._file.write_text(json.dumps(report | {"accepted_at": 5}))
     with caplog.at_level(logging.ERROR, "vllm.steer"):
@@ -363,18 +399,18 @@ def test_a_directory_of_others_is_not_used(
     path.mkdir()
     path.chmod(0o755)
     with caplog.at_level(logging.WARNING, "vllm.steer"):
-        reporter.Reporter(engine, {}, 0).look()
+        reports(engine).look()
     assert "is not a private directory" in caplog.text and not list(path.iterdir())
     gauges("others").log()
     path.rmdir()
-    reporter.Reporter(engine, {}, 0)
+    reports(engine)
     assert path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_lost_directory_ends_the_file_and_not_the_watch(
     engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker = reporter.Reporter(engine, {}, 0)
+    worker = reports(engine)
     shutil.rmtree(tmp_path / f"vllm-steer-{os.getuid()}")
     (tmp_path / f"vllm-steer-{os.getuid()}").touch()  # nor can it be made again
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)
@@ -400,7 +436,7 @@ def test_the_watch_ends_with_its_engine(
 ) -> None:
     monkeypatch.setattr(reporter, "INTERVAL", 0.02)
     holder = [Engine(blocks=engine.blocks, scale=1.0)]
-    worker = reporter.Reporter(holder[0], ACCEPTANCE, 0)
+    worker = reports(holder[0], ACCEPTANCE)
     file = worker._file
     worker.start()
     round_of(engine.blocks, "abcdefgh", None, [0] * 8, [0] * 8)
@@ -417,12 +453,14 @@ def test_the_watch_ends_with_its_engine(
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
-    from vllm_steer.serving.telemetry.metrics import metrics
+    from vllm_steer.serving.telemetry.metrics import epsilon, metrics
 
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
     exprs = [target["expr"] for panel in panels for target in panel["targets"]]
     asked = {name for expr in exprs for name in re.findall(r"vllm_steer:\w+", expr)}
-    exposed = {metric._name + ("_total" if metric._type == "counter" else "") for metric in metrics().values()}
+    exposed = {
+        metric._name + ("_total" if metric._type == "counter" else "") for metric in [*metrics().values(), epsilon()]
+    }
     assert asked == exposed, "and every metric has its place"
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [

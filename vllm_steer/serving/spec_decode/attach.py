@@ -30,7 +30,7 @@ def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device)
         shape = tree_of(vllm_config)
         rows = 0 if shape is None else shape.leaves
         injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device, rows)
-        Reporter(injection, injection.config.acceptance, vllm_config.parallel_config.data_parallel_index).start()
+        Reporter(injection, vllm_config.parallel_config.data_parallel_index).start()
     return injection
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_steer.common.errors import SteeringError
-from vllm_steer.serving.plan import Plan
+from vllm_steer.serving.plan import Plan, lenience_of
 from vllm_steer.serving.telemetry import reporter
 
 logger = logging.getLogger("vllm.steer")
@@ -48,8 +48,19 @@ def metrics() -> dict[str, Any]:
     made["accepted_at"] = Counter(*about, [*LABELS, "position"])
     about = "vllm_steer:blocks_per_row", "Blocks of draft trees by the row that the target agreed with longest."
     made["rows"] = Counter(*about, [*LABELS, "row"])
+    about = "vllm_steer:adapter", "1 for the steering in use, by its name; 0 for those before it."
+    made["adapter"] = gauge(*about, [*LABELS, "adapter"])
     about = "vllm_steer:recorded_accepted_tokens", "Accepted tokens per block predicted when the steering was trained."
     return made | {"recorded": gauge(*about, [*LABELS, "sampling"])}
+
+
+@functools.cache
+def epsilon() -> Any:
+    """The gauge of engines whose output is not the target's, steered or not; made when the first of them starts."""
+    from prometheus_client import Gauge
+
+    about = "vllm_steer:lenience_epsilon", "Drafts are accepted leniently: the output is not the target's."
+    return Gauge(*about, [*LABELS, "form"], multiprocess_mode="mostrecent")
 
 
 class Gauges(StatLoggerBase):
@@ -66,14 +77,20 @@ class Gauges(StatLoggerBase):
         self._next = 0.0
         self._lost = False
         self._last: dict[tuple[str, str], float] = {}
+        self._adapter: str | None = None
         try:
             parallel = vllm_config.parallel_config
             several = getattr(parallel, "_api_process_count", 1) > 1
-            if Plan.of(vllm_config) is None or (several and parallel._api_process_rank != 0):
+            steered, lenience = Plan.of(vllm_config) is not None, lenience_of(vllm_config)
+            if not (steered or lenience) or (several and parallel._api_process_rank != 0):
+                return
+            self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
+            if lenience is not None:
+                epsilon().labels(*self._labels, lenience.form).set(lenience.epsilon)
+            if not steered:
                 return
             self._engine = engine_index
             self._top = os.getppid() if several else os.getpid()
-            self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
             metrics()
             self._on = True
         except SteeringError:
@@ -134,6 +151,10 @@ class Gauges(StatLoggerBase):
                 self._count(key, str(place), value)
         for key in GAUGES:
             made[key].labels(*self._labels).set(float(report[key]))
+        if self._adapter not in (None, report["adapter"]):
+            made["adapter"].labels(*self._labels, self._adapter).set(0)
+        self._adapter = report["adapter"]
+        made["adapter"].labels(*self._labels, self._adapter).set(1)
         for sampling, value in report["recorded"].items():
             made["recorded"].labels(*self._labels, sampling).set(value)
 

@@ -61,13 +61,12 @@ def ancestors() -> list[int]:
 class Reporter(threading.Thread):
     """Looks at an engine's counts every INTERVAL seconds, until the engine has gone."""
 
-    def __init__(self, injection: Any, acceptance: dict[str, Any], engine: int):
-        """`injection` has `blocks` and `scale`; `engine` is the data-parallel rank."""
+    def __init__(self, injection: Any, engine: int):
+        """`injection` has `blocks`, `scale`, `config` and `adapter`; `engine` is the data-parallel rank."""
         super().__init__(name="vllm-steer reporter", daemon=True)
         gone = self._gone = threading.Event()
         self._injection = weakref.ref(injection, lambda _: gone.set())
-        self._recorded = recorded(acceptance, injection.blocks.draft_length)
-        self._watchdog = Watchdog(list(self._recorded.values()))
+        self._begin(injection)
         self._guides = self._norms = self._norm = 0.0
         self._file: Path | None = None
         self._lost = False  # the file could not be written at the last look
@@ -95,6 +94,8 @@ class Reporter(threading.Thread):
         if (injection := self._injection()) is None:
             return
         counts = injection.blocks.read()
+        if injection.config is not self._config:
+            self._begin(injection, counts.steered)
         if (warning := self._watchdog.judge(counts)) is not None:
             logger.warning(warning)
         if counts.broken and not self._told_broken:
@@ -106,7 +107,7 @@ class Reporter(threading.Thread):
             )
         if self._file is None:
             return
-        report = self._who | self._report(counts, injection.scale)
+        report = self._who | self._report(counts, injection.scale) | {"adapter": injection.adapter}
         try:
             directory()  # a cleaner of temporary files may have removed it
             draft = self._file.with_suffix(".new")
@@ -118,6 +119,12 @@ class Reporter(threading.Thread):
             if not self._lost:
                 self._warn(error)
             self._lost = True
+
+    def _begin(self, injection: Any, seen: Any = 0.0) -> None:
+        """Judge a steering that has just been taken over, by what was recorded for it, from these blocks on."""
+        self._config = injection.config
+        self._recorded = recorded(injection.config.acceptance, injection.blocks.draft_length)
+        self._watchdog = Watchdog(list(self._recorded.values()), seen)
 
     def _report(self, counts: Counts, scale: float) -> dict[str, Any]:
         if counts.guides > self._guides:

@@ -48,13 +48,13 @@ class Watchdog:
     blocks varies, and a server that runs for months is judged often.
     """
 
-    def __init__(self, expected: list[list[float]]):
-        """`expected`: lists of accepted tokens by number of drafts.
+    def __init__(self, expected: list[list[float]], seen: torch.Tensor | float = 0.0):
+        """`expected`: lists of accepted tokens by number of drafts; `seen`: blocks that are not to be judged.
 
         The lowest list sets the threshold; if there is none, only zero acceptance warns.
         """
         self._expected = torch.tensor(expected, dtype=torch.float64).amin(0) if expected else None
-        self._seen: torch.Tensor | float = 0.0
+        self._seen = seen
         self._warned = False
 
     def judge(self, counts: Counts) -> str | None:
