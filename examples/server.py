@@ -50,12 +50,14 @@ class Server:
         """Speculative decoding so far, see remote.counters. Raises SteeringError if this server does not speculate."""
         return remote.counters(self.url)
 
-    def steer(self, scale: Any = None) -> list[dict[str, Any]]:
-        """Each worker's answer to the run-time switch, {"rank", "scale"} or {"rank", "error"}; without a scale it asks.
+    def steer(self, scale: Any = None, adapter: Any = None) -> list[dict[str, Any]]:
+        """Each worker's answer to the run-time switch, {"rank", "scale", "adapter"} or {"rank", "error"}; without a
+        scale or an adapter it asks.
 
         The server must have the worker extension and run in vLLM's development mode, else urllib.error.HTTPError.
         """
-        body = {"method": "steer", "kwargs": {} if scale is None else {"scale": scale}}
+        asked = {"scale": scale, "adapter": adapter}
+        body = {"method": "steer", "kwargs": {name: value for name, value in asked.items() if value is not None}}
         with urllib.request.urlopen(self.url + "/collective_rpc", json.dumps(body).encode(), timeout=30) as answer:
             return json.loads(answer.read())["results"]
 

@@ -24,6 +24,7 @@ OF_STEERED = (
     "mode",
     "offsets",
     "guide_dropout",
+    "positions",
     "on_policy",
     "drafter_lr",
     "rank",
@@ -76,6 +77,11 @@ class TrainConfig:
     )
     guide_dropout: float = option(
         0.0, "share of rows that train without their guide in each step, so that the drafter also drafts well unsteered"
+    )
+    positions: float = option(
+        1.0,
+        "share of the response positions that the loss is taken at, drawn anew in each step: with a large vocabulary "
+        "the models' heads are most of a step",
     )
     on_policy: float = option(
         0.0, "share of every batch that the drafter writes itself, anew as it changes (modes distill and joint)"
@@ -161,6 +167,8 @@ class TrainConfig:
 
     def _check_on_policy(self) -> None:
         require_at_least("--renew", self.renew, 1)
+        if not 0 < self.positions <= 1:
+            raise SteeringError(f"--positions is {self.positions}, allowed is more than 0, to 1 (all of them)")
         if not 0 <= self.on_policy <= 1:
             raise SteeringError(f"--on-policy is {self.on_policy}, allowed is 0 to 1")
         if self.on_policy and self.mode == "steer" and self.kind == STEERED:

@@ -10,6 +10,7 @@ Shape legend: R rows, P prompt tokens (padded on the left), V vocabulary, H targ
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.dataset import Row
 from vllm_steer.drafters.models import text_config
 from vllm_steer.training.batches import Batches
+from vllm_steer.training.config import TrainConfig
 from vllm_steer.training.pair import Pair
 
 if TYPE_CHECKING:
@@ -184,3 +186,14 @@ def _row(row: Row, written: list[int], eos: frozenset[int]) -> Row:
     written = written[: len(row.ids) - row.prompt_length]
     end = next((i + 1 for i, token in enumerate(written) if token in eos), len(written))
     return Row((*row.prompt, *written[:end]), row.prompt_length, row.category, row.number)
+
+
+def writer(
+    config: TrainConfig, pair: Pair, source: Batches, rows: list[Row], tokenizer: Any, generation: Any
+) -> Writer | None:
+    """Who writes rows anew during a run, None for nobody; `generation` is the target's generation_config."""
+    if not config.on_policy:
+        return None
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    eos, rank = frozenset({tokenizer.eos_token_id, *ends} - {None}), int(os.environ.get("RANK", 0))
+    return Writer(pair, source, rows, config.on_policy, config.renew, config.k, config.seed, eos, rank)

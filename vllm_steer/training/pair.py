@@ -235,6 +235,19 @@ def trunk_fits(drafter: PreTrainedModel, first_layer: int, batch: dict[str, Tens
 
 
 def response_mask(batch: dict[str, Tensor]) -> Tensor:
-    """Bool [B, T]: real tokens after the prompt, the positions a drafter is fed when serving."""
+    """Bool [B, T]: real tokens after the prompt, the positions a drafter is fed when serving; where some of them were
+    chosen (`choose_positions`), these."""
+    if "chosen" in batch:
+        return batch["chosen"]
     position = torch.arange(batch["attention_mask"].shape[1], device=batch["attention_mask"].device)
     return (position >= batch["prompt_lengths"][:, None]) & batch["attention_mask"].bool()
+
+
+def choose_positions(batch: dict[str, Tensor], share: float, seed: str) -> dict[str, Tensor]:
+    """The batch with a random share of its response positions chosen, at least one, for a loss that is taken there."""
+    mask = response_mask(batch)
+    among = torch.rand(
+        mask.shape, generator=torch.Generator().manual_seed(random.Random(f"{seed}:positions").getrandbits(63))
+    ).to(mask.device)
+    lowest = among.masked_fill(~mask, 2.0).min()  # of all, so that no step is empty
+    return batch | {"chosen": mask & ((among < share) | (among == lowest))}

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import random
 import shutil
@@ -28,16 +29,17 @@ from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import fingerprint
 from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data import split
-from vllm_steer.data.dataset import Row, sha256
+from vllm_steer.data.dataset import sha256
 from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.tokenizer import require_embeddings
-from vllm_steer.training import record, runs, writing
+from vllm_steer.training import on_policy, record, runs, writing
 from vllm_steer.training.batches import Batches, read_data
 from vllm_steer.training.block_pair import BlockPair
 from vllm_steer.training.config import TrainConfig, add_arguments
-from vllm_steer.training.on_policy import Writer
-from vllm_steer.training.pair import Pair
+from vllm_steer.training.pair import Pair, choose_positions
 from vllm_steer.training.plots import plot_training
+
+log = logging.getLogger(__name__)
 
 __all__ = ["add_arguments", "run", "train"]  # the first two are the verb's
 
@@ -151,7 +153,10 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     if config.control is not None:
         split.check_control(config.control, data)
     control = _judge_control(config, made, held)
-    writer = _writer(config, made, [everything[i] for i in training], tokenizer)
+    writer = None
+    if isinstance(pair, Pair):
+        rows, ends = [everything[i] for i in training], made.target.generation_config
+        writer = on_policy.writer(config, pair, source, rows, tokenizer, ends)
     trainer = _trainer(config, pair, source, training, arguments, judge, writer)
     checkpoints, last = Path(arguments.output_dir), last_checkpoint(Path(config.output)) if config.resume else None
     if trainer.is_world_process_zero():
@@ -168,6 +173,7 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
         return None
     writing.round_weights(pair, made.stored)
     acceptance = {"data": data, "untrained": before, "trained": judge()} | own | control
+    _warn_of_harm(acceptance)
     made.write(_provenance(config) | record.resumptions(checkpoints), acceptance)
     plot_training(Path(config.output) / "training.png", acceptance, trainer.state.log_history)
     if not config.ray:  # Ray Train still writes there
@@ -175,26 +181,23 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     return acceptance
 
 
+def _warn_of_harm(acceptance: dict[str, Any]) -> None:
+    """Log where training has made the held-out acceptance lower than it was."""
+    before, after = (acceptance[key]["acceptance_length"]["sampled"] for key in ("untrained", "trained"))
+    if after < before:
+        log.warning(
+            "the held-out acceptance length is %.3f, below the untrained drafter's %.3f: lower --lr and --drafter-lr, "
+            "or give more data; do not serve this checkpoint",
+            after,
+            before,
+        )
+
+
 def _judge(pair: Pair | BlockPair, source: Batches, held_out: list[int], config: TrainConfig) -> dict[str, Any]:
     training = pair.training
     found = pair.eval().measure(source.held(held_out, config.batch_size), config.k)
     pair.train(training)
     return found
-
-
-def _writer(config: TrainConfig, made: runs.Run, rows: list[Row], tokenizer: Any) -> Writer | None:
-    """Who writes rows anew during the run; None: nobody."""
-    if not config.on_policy:
-        return None
-    assert isinstance(made.pair, Pair)
-    ends = {tokenizer.eos_token_id} | set(_listed(made.target.generation_config.eos_token_id))
-    eos, rank = frozenset(ends - {None}), int(os.environ.get("RANK", 0))
-    rest = (config.on_policy, config.renew, config.k, config.seed, eos, rank)
-    return Writer(made.pair, made.source, rows, *rest)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _judge_control(config: TrainConfig, made: runs.Run, held_out: list[int]) -> dict[str, Any]:
@@ -246,7 +249,7 @@ def _trainer(
     rows: list[int],
     arguments: Any,
     judge: Any,
-    writer: Writer | None,
+    writer: on_policy.Writer | None,
 ) -> Any:
     """A Trainer whose loss is the distance to the target; progress, logging, schedule and resume are its own."""
     from transformers import Trainer
@@ -259,6 +262,8 @@ def _trainer(
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             if writer is not None:
                 batches = writer.replace(batches, self.state.global_step)
+            if config.positions < 1:
+                batches = [choose_positions(b, config.positions, self._seed(b)) for b in batches]
             count = torch.tensor(sum(pair.positions(batch) for batch in batches), device=device)
             return batches, self.accelerator.gather(count).sum()
 
@@ -267,14 +272,17 @@ def _trainer(
         ) -> Tensor:
             """This forward's share of the mean over all positions of the step, so that each of them weighs the same."""
             batch = source.complete(inputs)
-            # Seeded by step and rows: a resumed run draws the same numbers, other processes and forwards draw others.
-            rng = random.Random(f"{config.seed}:{self.state.global_step}:{int(inputs['input_ids'].sum())}")
+            rng = random.Random(self._seed(inputs))
             assert num_items_in_batch is not None
             total = model(pair.draw(config, batch, rng), **batch)
             loss = total * self.accelerator.num_processes / num_items_in_batch  # gradients of processes are averaged
             if not torch.isfinite(loss):
                 _stop_at(config, self.state.global_step, loss, inputs)
             return loss
+
+        def _seed(self, batch: dict[str, Tensor]) -> str:
+            # By step and rows: a resumed run draws the same numbers, other processes and forwards draw others.
+            return f"{config.seed}:{self.state.global_step}:{int(batch['input_ids'].sum())}"
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             found = judge()

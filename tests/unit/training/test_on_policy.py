@@ -18,7 +18,7 @@ from vllm_steer.decoding.chain import _Cached, _guiding
 from vllm_steer.training import losses, trainer
 from vllm_steer.training.batches import Batches
 from vllm_steer.training.on_policy import Writer, answers
-from vllm_steer.training.pair import Pair
+from vllm_steer.training.pair import Pair, choose_positions, response_mask
 
 LAYERS = (0, 1, 2)
 K = 3
@@ -176,3 +176,33 @@ def test_rows_without_a_prompt_cannot_be_answered(folder: Path, tmp_path: Path) 
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SteeringError, match="--on-policy needs rows with a prompt"):
         trainer.train(options(folder, tmp_path / "out", data=(str(tmp_path / "text.jsonl"),), on_policy=0.5))
+
+
+def test_the_loss_is_taken_at_a_share_of_the_positions(folder: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    batch = collate(ROWS)
+    whole = response_mask(batch)
+    some = response_mask(choose_positions(batch, 0.5, "a"))
+    assert (some & ~whole).sum() == 0 and 0 < some.sum() < whole.sum()
+    assert torch.equal(some, response_mask(choose_positions(batch, 0.5, "a")))
+    assert not torch.equal(some, response_mask(choose_positions(batch, 0.5, "b")))
+    assert response_mask(choose_positions(batch, 1e-9, "a")).sum() == 1, "no step is empty"
+    means = [float(response_mask(choose_positions(batch, 0.5, str(i))).sum()) for i in range(200)]
+    assert abs(sum(means) / len(means) / float(whole.sum()) - 0.5) < 0.03
+    counted, distance = [], losses.LOSSES["jsd"]
+
+    def counting(*logits: Tensor) -> Tensor:
+        counted.append(len(logits[0]))
+        return distance(*logits)
+
+    for share in (1.0, 0.25):
+        with monkeypatch.context() as patch:
+            patch.setitem(losses.LOSSES, "jsd", counting)
+            trainer.train(options(folder, tmp_path / str(share), steps=1, positions=share, batch_size=4))
+    assert 0 < min(counted) < max(counted) == 4 * 14
+    with pytest.raises(SteeringError, match="--positions is 0, allowed is more than 0"):
+        options(folder, tmp_path / "out", positions=0)
+
+
+def test_harm_is_warned_of(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
+    trainer.train(options(folder, tmp_path / "out", mode="distill", drafter_lr=10.0, steps=3, keep="last"))
+    assert "below the untrained drafter's" in caplog.text

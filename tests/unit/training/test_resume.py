@@ -54,6 +54,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     (dict(offsets="block"), "--offsets was batch"),
     (dict(guide_dropout=0.1, mode="joint"), "--guide-dropout was 0.0"),
     (dict(log_model="served"), "--log-model was None"),
+    (dict(positions=0.5), "--positions was 1.0"),
     (dict(renew=20), "--renew was 50"),
     (dict(batch_size=2), "--batch-size was 4"),
     (dict(accumulate=2), "--accumulate was 1"),
