@@ -42,6 +42,11 @@ OPTION_VERBS = {  # module with `add_arguments` and `run`, imported when its ver
         "measure acceptance and speed of several drafters of one target in vLLM",
         "--target T --drafters plain=D steered=./drafter-steered --prompts builtin --split test --output ./bench",
     ),
+    "tune": (
+        "vllm_steer.bench.tune",
+        "find the draft length, or tree, that pays on this machine at each batch size",
+        "--target T --drafter ./drafter-steered --prompts builtin --output ./tune",
+    ),
     "serve": (
         "vllm_steer.ops.launch",
         "serve a steered checkpoint or adapter: run `vllm serve` with the target and draft length it was trained for",

@@ -11,17 +11,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from vllm_steer.bench import block_counting, quality
+from vllm_steer.bench import block_counting, processes, quality
 from vllm_steer.common import provenance
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.lenience import Lenience
@@ -112,6 +107,11 @@ class Contender:
             number = epsilon
         return Lenience.read({"epsilon": number, "form": form or "linear"}, f"--drafters {self.name}{LENIENCE_MARK}")
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Contender:
+        """The inverse of `dataclasses.asdict`, through JSON."""
+        return cls(**raw | {"tree": raw["tree"] and tuple(raw["tree"])})
+
     @property
     def method(self) -> str | None:
         """vLLM's `method` of a block drafter; None for whole language models."""
@@ -187,35 +187,14 @@ class Contender:
 
 def measure_in_a_process(contender: Contender, settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """`measure` in a fresh Python under this process's environment. Raises SteeringError when it fails."""
-    # The engine lives in that very process: its workers can then be asked for times and memory (serving/probe.py).
-    env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        job.write_text(json.dumps([dataclasses.asdict(contender), settings, prompts]), encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "vllm_steer.bench.candidate", str(job), str(result)]
-        ended = subprocess.run(command, env=env, stdout=2, check=False)  # vLLM logs to stdout; that is for the table
-        if not result.is_file():
-            raise SteeringError(
-                f"{contender.name}: the engine's process ended with exit code {ended.returncode} (-9: out of memory); "
-                "its messages are above; --resume goes on from here"
-            )
-        found = json.loads(result.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise SteeringError(f"{contender.name}: {found['error']}")
-    return found
+    return processes.run(
+        "vllm_steer.bench.candidate", contender.name, [dataclasses.asdict(contender), settings, prompts]
+    )
 
 
-def main(job: str, result: str) -> None:
-    """Read a job's file, write what `measure` finds or {"error": sentence}."""
-    raw, settings, prompts = json.loads(Path(job).read_text(encoding="utf-8"))
-    contender = Contender(**raw | {"tree": raw["tree"] and tuple(raw["tree"])})
-    try:
-        found = measure(contender, settings, prompts)
-    except Exception as error:  # whatever vLLM raises is reported by the process that waits for this one
-        if not isinstance(error, SteeringError):
-            traceback.print_exc()
-        found = {"error": str(error) or type(error).__name__}
-    Path(result).write_text(json.dumps(found), encoding="utf-8")
+def work(raw: dict[str, Any], settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`measure`, from JSON."""
+    return measure(Contender.from_dict(raw), settings, prompts)
 
 
 def measure(contender: Contender, settings: Settings, prompts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -288,20 +267,20 @@ def _run(
             f"vLLM preempted {preempted} requests for want of KV cache, and verifies drafts nobody made when they come "
             "back: lower --batch or --max-model-len, or give vLLM more memory"
         )
-    answers = [_count(prompt, d, most, k, contender.drafts(k)) for prompt, d in zip(prompts, deliveries, strict=True)]
-    share = _drafting_share(llm, ids[:batch], common) if k else None
+    answers = [count(prompt, d, most, k, contender.drafts(k)) for prompt, d in zip(prompts, deliveries, strict=True)]
+    drafter = drafting(llm, ids[:batch], common) if k else None
     if settings.get("judged"):
         judged = quality.judge(llm, prompts, [d.ids[:most] for d in deliveries], settings.get("run_code", False))
         answers = [a | j for a, j in zip(answers, judged, strict=True)]
     return {
         "temperature": temperature,
-        "clock": dataclasses.asdict(clock),
-        "drafting_share": share,
+        "clock": {key: value for key, value in dataclasses.asdict(clock).items() if key != "steps"},
+        "drafting_share": None if drafter is None else drafter[0] / drafter[1].decode_seconds,
         "answers": answers,
     }
 
 
-def _count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int, drafts: int) -> dict[str, Any]:
+def count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int, drafts: int) -> dict[str, Any]:
     """One answer for the record: its blocks, and a digest of its first `max_tokens` tokens."""
     answer = block_counting.count(
         prompt["id"],
@@ -318,8 +297,8 @@ def _count(prompt: dict[str, Any], delivery: Any, max_tokens: int, k: int, draft
     return answer.to_dict() | {"tokens_sha256": digest[:16]}
 
 
-def _drafting_share(llm: Any, prompts: list[list[int]], common: dict[str, Any]) -> float | None:
-    """Share of the time after the prefill that one batch spends in the drafter; None if no step comes after it."""
+def drafting(llm: Any, prompts: list[list[int]], common: dict[str, Any]) -> tuple[float, Any] | None:
+    """Seconds after the prefill that one batch spends in the drafter, and its clock; None if no step comes after it."""
     from vllm_steer.serving import probe
 
     started = False
@@ -333,8 +312,8 @@ def _drafting_share(llm: Any, prompts: list[list[int]], common: dict[str, Any]) 
     llm.collective_rpc(probe.start_timing)
     _, clock = probe.drive(llm, prompts, before_step=before_step, **common)
     seconds = max(llm.collective_rpc(probe.stop_timing))
-    return seconds / clock.decode_seconds if started else None
+    return (seconds, clock) if started else None
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    processes.main(work)

@@ -25,10 +25,11 @@ def table(results: dict[str, Any]) -> str:
         name = "Greedy (T=0)" if part["temperature"] == 0 else f"Sampled, T={part['temperature']:g}"
         exact = [row for row in part["rows"] if not row.get("lenience")]
         names = {row["name"] for row in exact}
-        apart = [pair for pair in part["pairs"] if not {pair["name"], pair["minus"]} <= names]
+        lenient = [pair for pair in part["pairs"] if not {pair["name"], pair["minus"]} <= names]
+        apart = [pair for pair in lenient if pair["minus"] in names]  # over what gives nothing up
         lines += ["", f"## {name}", "", *_rows(exact, results.get("contenders", []))] if exact else []
-        if len(apart) < len(part["pairs"]):
-            lines += ["", *_pairs([pair for pair in part["pairs"] if pair not in apart])]
+        if len(lenient) < len(part["pairs"]):
+            lines += ["", *_pairs([pair for pair in part["pairs"] if pair not in lenient])]
         if len(exact) < len(part["rows"]):
             lines += ["", f"### {name}, lenient: not the target's output", "", *_lenient(part["rows"])]
             lines += ["", *_pairs(apart)] if apart else []
@@ -142,7 +143,7 @@ def _rows(rows: list[dict[str, Any]], contenders: list[dict[str, Any]]) -> list[
             ]
         )
     used = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines)]
-    return _markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
+    return markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
 
 
 def _lenient(rows: list[dict[str, Any]]) -> list[str]:
@@ -162,7 +163,7 @@ def _lenient(rows: list[dict[str, Any]]) -> list[str]:
         for row in rows
     ]
     used = [i for i in range(len(columns)) if i == 0 or any(line[i] for line in lines)]
-    return _markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
+    return markdown([columns[i] for i in used], [[line[i] for i in used] for line in lines])
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
@@ -174,7 +175,7 @@ def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
         ]
         for pair in pairs
     ]
-    return _markdown(["acceptance length", "difference", "ratio"], lines)
+    return markdown(["acceptance length", "difference", "ratio"], lines)
 
 
 def _categories(categories: dict[str, Any]) -> list[str]:
@@ -184,10 +185,11 @@ def _categories(categories: dict[str, Any]) -> list[str]:
         rows = [row for row in part["rows"] if row["name"] in names]
         cells = [_number(row["acceptance_length"], row["interval_95"]) for row in rows]
         lines.append([category, str(part["rows"][0]["prompts"]), *cells])
-    return _markdown(["acceptance length", "prompts", *names], lines)
+    return markdown(["acceptance length", "prompts", *names], lines)
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table, line by line."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
 
 

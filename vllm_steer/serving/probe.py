@@ -44,6 +44,7 @@ class Clock:
     prefill_tokens: int = 0
     decode_seconds: float = 0.0
     decode_tokens: int = 0
+    steps: list[tuple[int, float, int]] = field(default_factory=list)  # the others: requests, seconds, tokens
 
 
 def open_engine(
@@ -127,6 +128,7 @@ def drive(
             live.add(i := waiting.popleft())
             asked = SamplingParams(**common, seed=seed + i if temperature else None)
             engine.add_request(str(i), {"type": "token", "prompt_token_ids": prompts[i]}, asked)
+        serving = len(live)
         prefilling = any(not answers[i].steps for i in live)
         before_step(prefilling)
         start = time.perf_counter()
@@ -145,6 +147,7 @@ def drive(
             clock.prefill_seconds += seconds
             clock.prefill_tokens += tokens
         else:
+            clock.steps.append((serving, seconds, tokens))
             clock.decode_seconds += seconds
             clock.decode_tokens += tokens
     return answers, clock
