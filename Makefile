@@ -25,7 +25,9 @@ NEWER_TESTS := tests/engine/test_parity.py::test_drafts_are_those_of_the_referen
 	tests/engine/test_launches.py tests/engine/test_patches.py tests/engine/test_features.py tests/unit/serving/test_plan.py \
 	tests/engine/test_trees.py::test_every_rows_drafts_are_those_of_the_reference \
 	tests/engine/test_block_drafters.py::test_drafts_are_those_of_the_reference \
-	tests/engine/test_block_drafters.py::test_rows_of_a_tree_are_those_of_the_reference
+	tests/engine/test_block_drafters.py::test_rows_of_a_tree_are_those_of_the_reference \
+	tests/engine/test_lenience.py::test_greedy_text_and_blocks_are_the_oracles tests/engine/test_lenience.py::test_greedy_and_sampled_requests_in_one_batch \
+	tests/server/test_switch.py::test_another_adapter_in_the_middle_of_requests
 IN_CI := not gpu and not real_pair and not slow
 comma := ,
 LOG := $(abspath $(VENV))/pip.log

@@ -111,14 +111,15 @@ def test_sampled_tokens_have_the_closed_form(tmp_path: Path, runner: str, form: 
     asked = [random_prompt(6, seed=i, vocab_size=VOCAB) for i in range(SEQUENCES[runner])]
     spec = {"model": str(pair.drafter), "num_speculative_tokens": K, "draft_sample_method": method}
     lenience = Lenience(EPSILON, form)
+    temperature = 0.4 if method == "greedy" else 0.8  # of flat distributions greedy drafts are not worth much
     call = runners(runner).generate(
-        pair.target, spec, asked, temperature=0.8, max_tokens=NEW,
+        pair.target, spec, asked, temperature=temperature, max_tokens=NEW,
         **options({"epsilon": EPSILON, "form": form}),
     )  # fmt: skip
     greedy = method == "greedy"
-    assert p_value(numbers(pair, asked, call, 0.8, lenience, greedy)) > P_VALUE
+    assert p_value(numbers(pair, asked, call, temperature, lenience, greedy)) > P_VALUE
     exact = Lenience(1.0)
-    assert p_value(numbers(pair, asked, call, 0.8, exact, greedy)) < P_VALUE, (
+    assert p_value(numbers(pair, asked, call, temperature, exact, greedy)) < P_VALUE, (
         "nothing was given up: this proves nothing"
     )
 

@@ -32,6 +32,12 @@ LONG = {  # in tests/: a test's name stands for all its parameters
         "test_one_window_for_a_whole_model[v2-drafter]",
         "test_one_window_for_a_whole_model[v1-target]",
     ),
+    "engine/test_lenience.py": (
+        "test_sampled_tokens_have_the_closed_form[v2-linear-probabilistic]",
+        "test_sampled_tokens_have_the_closed_form[v2-square-probabilistic]",
+        "test_sampled_tokens_have_the_closed_form[v2-linear-greedy]",
+        "test_epsilon_one_is_no_lenience[v2]",
+    ),
     "engine/test_lossless.py": ("test_sampled_output_is_the_targets[v2-temperatures1-greedy]",),
     "engine/test_parity.py": (
         "test_steering_off_is_stock[llama-v2]",
@@ -63,6 +69,8 @@ LONG = {  # in tests/: a test's name stands for all its parameters
         "test_bench_samples_neutrally_or_as_served",
         "test_generate_samples_neutrally_or_as_served",
     ),
+    "unit/bench/test_quality.py": ("test_a_lenient_benchmark_is_shown_apart",),
+    "unit/bench/test_tune.py": ("test_a_real_tuning",),
     "unit/bench/test_evaluate.py": ("test_blocks_are_those_of_the_engine",),
     "unit/data/test_responses.py": ("test_interrupted_thrice_is_as_good_as_never",),
     "unit/project/test_gpu_session.py": ("test_every_command_of_the_session_is_one",),

@@ -1,6 +1,7 @@
 """Turn the tests' results into the feature matrix of docs/feature_matrix.md.
 
-    pytest -m "" --junitxml matrix.xml tests/{engine,server} -k "features or parity or lossless or switch or trees"
+    pytest -m "" --junitxml matrix.xml tests/{engine,server} \\
+        -k "features or parity or lossless or switch or trees or lenience"
     python tests/support/matrix.py matrix.xml                                 prints the table
     python tests/support/matrix.py matrix.xml --write docs/feature_matrix.md  puts it into the page
 
@@ -60,6 +61,11 @@ MATRIX: dict[str, object] = {
     "steering switched off and on while serving": [
         "test_switch::test_off_and_on_again_in_the_middle_of_requests",
     ],
+    "another adapter while serving": ["test_switch::test_another_adapter_in_the_middle_of_requests"],
+    "lenience (not lossless)": [
+        "test_lenience::test_greedy_text_and_blocks_are_the_oracles",
+        "test_lenience::test_sampled_tokens_have_the_closed_form",
+    ],
     "draft length by batch size": ["test_features_engines::test_draft_length_by_batch_size"],
     "LoRA on the target": ["test_features_engines::test_lora_on_the_target"],
     "quantized target (W8A8 int8)": ["test_features_engines::test_quantized[target]"],
@@ -97,6 +103,7 @@ TREES: dict[str, object] = {  # the same features with draft trees; a feature th
         "v1": ["test_trees::test_sampled_output_is_the_targets[coupled]"],
         "v2": ["test_trees::test_seeded_output_is_the_targets_own[coupled]"],
     },
+    "lenience (not lossless)": ("test_lenience::test_what_it_does_not_go_with", "not with trees"),
     "LoRA on the target": ["test_trees::test_lora_on_the_target"],
     "compiled (inductor on V1, eager backend on V2)": ["test_trees::test_compiled_rows_are_the_same"],
 }
