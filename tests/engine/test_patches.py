@@ -167,6 +167,8 @@ for tree in sys.argv[1:]:
         patching.require(v2=True, part="trees")
         patching.require(v2=False, part="blocks")
         patching.require(v2=True, part="blocks")
+        patching.require(v2=False, part="lenience")
+        patching.require(v2=True, part="lenience")
         taken = patching.ways()
         patching.undo()
         print(json.dumps([taken, list(patching.ways().values())]), flush=True)

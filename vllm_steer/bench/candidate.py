@@ -210,22 +210,7 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
     """
     from vllm_steer.serving import probe
 
-    llm = probe.open_engine(
-        settings["target"],
-        contender.drafter,
-        contender.adapter,
-        k=settings["k"],
-        sampled=any(settings["temperature"]),
-        batch=settings["batch"],
-        max_model_len=settings["max_model_len"],
-        seed=settings["seed"],
-        options=settings["engine"],
-        tree=contender.tree,
-        method=contender.method,
-        rows=contender.rows,
-        blind=contender.blind,
-        lenience=contender.read_lenience(),
-    )
+    llm = open_engine(contender, settings, settings["k"], any(settings["temperature"]), settings["batch"])
     try:
         own = probe.own_sampling(llm) if settings["sampling"] == "served" else {}
         runs = [_run(llm, contender, t, own, settings, prompts) for t in settings["temperature"]]
@@ -239,6 +224,28 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
         }
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def open_engine(contender: Contender, settings: Any, k: int, sampled: bool, batch: int) -> Any:
+    """An engine that serves this way, see probe.open_engine."""
+    from vllm_steer.serving import probe
+
+    return probe.open_engine(
+        settings["target"],
+        contender.drafter,
+        contender.adapter,
+        k=k,
+        sampled=sampled,
+        batch=batch,
+        max_model_len=settings["max_model_len"],
+        seed=settings["seed"],
+        options=settings["engine"],
+        tree=contender.tree,
+        method=contender.method,
+        rows=contender.rows,
+        blind=contender.blind,
+        lenience=contender.read_lenience(),
+    )
 
 
 def _run(

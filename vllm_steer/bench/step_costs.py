@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from vllm_steer.bench import block_counting, processes
-from vllm_steer.bench.candidate import WARM_UP, Contender, count, drafting
+from vllm_steer.bench.candidate import WARM_UP, Contender, count, drafting, open_engine
 
 
 def measure_in_a_process(contender: Contender, k: int, settings: dict[str, Any], prompts: list[Any]) -> dict[str, Any]:
@@ -38,21 +38,7 @@ def measure(contender: Contender, k: int, settings: dict[str, Any], prompts: lis
     from vllm_steer.serving import probe
 
     sizes = settings["batch"]
-    llm = probe.open_engine(
-        settings["target"],
-        contender.drafter,
-        contender.adapter,
-        k=k,
-        sampled=settings["temperature"] > 0,
-        batch=max(sizes),
-        max_model_len=settings["max_model_len"],
-        seed=settings["seed"],
-        options=settings["engine"],
-        tree=contender.tree,
-        method=contender.method,
-        rows=contender.rows,
-        blind=contender.blind,
-    )
+    llm = open_engine(contender, settings, k, settings["temperature"] > 0, max(sizes))
     try:
         found = [_at(llm, size, contender, k, settings, prompts) for size in sizes]
         answers = [answer for _, some in found for answer in some]

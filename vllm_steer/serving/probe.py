@@ -71,9 +71,8 @@ def open_engine(
     its drafts do not depend on each other; `lenience`: what its output gives up.
     """
     options = (engine_options.for_trees() if tree is not None or rows is not None else {}) | options
-    ours: dict[str, Any] = {"adapter": adapter, "tree": None if tree is None else list(tree)}
-    ours |= {"refine": False if blind else None, "tree_rows": rows}
-    ours |= {"lenience": None if lenience is None else asdict(lenience)}
+    ours: dict[str, Any] = {"adapter": adapter, "tree": tree and list(tree), "tree_rows": rows}
+    ours |= {"refine": False if blind else None, "lenience": lenience and asdict(lenience)}
     if ours := {key: value for key, value in ours.items() if value is not None}:
         additional = options.get("additional_config", {})
         options["additional_config"] = additional | {"vllm_steer": additional.get("vllm_steer", {}) | ours}
@@ -128,13 +127,12 @@ def drive(
             live.add(i := waiting.popleft())
             asked = SamplingParams(**common, seed=seed + i if temperature else None)
             engine.add_request(str(i), {"type": "token", "prompt_token_ids": prompts[i]}, asked)
-        serving = len(live)
         prefilling = any(not answers[i].steps for i in live)
         before_step(prefilling)
         start = time.perf_counter()
         outputs = engine.step()
         seconds = time.perf_counter() - start
-        tokens = 0
+        tokens, serving = 0, len(live)
         for out in outputs:
             assert isinstance(out, RequestOutput)  # not a pooling model's
             i, delta = int(out.request_id), out.outputs[0]

@@ -252,6 +252,23 @@ def _trainer(
     writer: on_policy.Writer | None,
 ) -> Any:
     """A Trainer whose loss is the distance to the target; progress, logging, schedule and resume are its own."""
+    if config.gradient_checkpointing and isinstance(pair, Pair):
+        pair.drafter.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = _trainer_class(config, pair, source, judge, writer)(
+        model=pair,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=range(1),  # `evaluate` has its own rows
+        data_collator=source.collate,
+        optimizers=(_optimizer(config, pair), None),
+    )
+    trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of positions of the whole step
+    return trainer
+
+
+def _trainer_class(
+    config: TrainConfig, pair: Pair | BlockPair, source: Batches, judge: Any, writer: on_policy.Writer | None
+) -> Any:
     from transformers import Trainer
 
     class PairTrainer(Trainer):
@@ -291,18 +308,7 @@ def _trainer(
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    if config.gradient_checkpointing and isinstance(pair, Pair):
-        pair.drafter.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = PairTrainer(
-        model=pair,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=range(1),  # `evaluate` has its own rows
-        data_collator=source.collate,
-        optimizers=(_optimizer(config, pair), None),
-    )
-    trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of positions of the whole step
-    return trainer
+    return PairTrainer
 
 
 def _optimizer(config: TrainConfig, pair: Pair | BlockPair) -> torch.optim.Optimizer:

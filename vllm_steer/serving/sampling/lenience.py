@@ -109,7 +109,10 @@ class LenientKernel:
 
     def __init__(self, kernel: Any):
         self._kernel = kernel
-        self._names = list(inspect.signature(kernel.fn).parameters)
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return list(inspect.signature(self._kernel.fn).parameters)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel, name)
