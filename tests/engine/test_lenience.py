@@ -111,7 +111,7 @@ def test_sampled_tokens_have_the_closed_form(tmp_path: Path, runner: str, form: 
     asked = [random_prompt(6, seed=i, vocab_size=VOCAB) for i in range(SEQUENCES[runner])]
     spec = {"model": str(pair.drafter), "num_speculative_tokens": K, "draft_sample_method": method}
     lenience = Lenience(EPSILON, form)
-    temperature = 0.4 if method == "greedy" else 0.8  # of flat distributions greedy drafts are not worth much
+    temperature = 1.5 if method == "greedy" else 0.8  # or little would be said otherwise
     call = runners(runner).generate(
         pair.target, spec, asked, temperature=temperature, max_tokens=NEW,
         **options({"epsilon": EPSILON, "form": form}),
