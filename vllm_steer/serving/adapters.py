@@ -98,12 +98,16 @@ def _require_same_models(path: Path, new: SteeringConfig, old: SteeringConfig, d
     identity, running = (config.provenance.get("identity") or {} for config in (new, old))
     if None not in (identity.get("target"), running.get("target")) and identity["target"] != running["target"]:
         raise SteeringError(f"adapter {path.name!r} was trained for another target than the running one")
-    own = checkpoint.has_drafter(path)  # then its steering belongs to the drafter beside it
-    recorded = str(fingerprint(path, tokenizer=False)) if own else identity.get("drafter")
-    if recorded is None:
+    running_drafter = fingerprint(draft.model, draft.revision)
+    if checkpoint.has_drafter(path):  # its steering belongs to the drafter beside it; configs differ in our marker
+        same = str(fingerprint(path)).split(":")[1] == running_drafter.split(":")[1]
+        what = None if same else "the weights differ"
+    elif (recorded := identity.get("drafter")) is not None:
+        what = difference(recorded, running_drafter)
+    else:
         logger.warning("adapter %s does not record the drafter it was trained for: only sizes were compared", path.name)
         return
-    if what := difference(recorded, fingerprint(draft.model, draft.revision, tokenizer=not own)):
+    if what:
         raise SteeringError(
             f"adapter {path.name!r} was trained for another drafter than the running {draft.model}: {what}"
         )

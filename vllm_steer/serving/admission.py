@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer.common.errors import SteeringError
@@ -76,6 +77,11 @@ def _prepare_steered(vllm_config: VllmConfig, draft: Any, options: Options, off:
 def _admit_steered(vllm_config: VllmConfig, draft: Any, options: Options, source: str, revision: str | None) -> Plan:
     """Check a steered draft model against this engine. Raises SteeringError when it cannot be served as asked."""
     _refuse_unsupported(vllm_config)
+    if options.adapters is not None and not Path(options.adapters).is_dir():
+        raise SteeringError(
+            f"additional-config vllm_steer: adapters is {options.adapters!r}, which is no directory: make it, or name "
+            "the one below which the live switch may load others"
+        )
     config = checkpoint.load_steering(source, revision).config
     spec = vllm_config.speculative_config
     assert spec is not None and spec.num_speculative_tokens is not None  # there is a draft model

@@ -164,6 +164,12 @@ def test_adapter_needs_a_plain_draft_model(pair: tuple[Path, Path, Path], tmp_pa
         engine_config(target, steered, options)
 
 
+def test_adapters_lie_in_a_directory(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    engine_config(pair.target, pair.steered, {"vllm_steer": {"adapters": str(tmp_path)}})
+    with pytest.raises(ValueError, match="adapters is '.*none', which is no directory: make it"):
+        engine_config(pair.target, pair.steered, {"vllm_steer": {"adapters": str(tmp_path / "none")}})
+
+
 def test_a_marker_without_its_folder(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
     import shutil
 
