@@ -71,8 +71,9 @@ def acceptance_length(blocks: Sequence[Block]) -> float:
 class _Cached:
     """A model with its KV cache, of one text or of several continuations of it."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, mask: Tensor | None = None):
+        """`mask` bool [R, P]: the real tokens of prompts that are padded on the left; None: all are."""
+        self.model, self.mask = model, mask
         # Without a config every layer keeps all positions, so that any layer can be cropped: sliding windows stay
         # in the attention mask, which does not need the cache to forget.
         self.cache = DynamicCache()
@@ -82,7 +83,9 @@ class _Cached:
         logits, inputs = self.feed_rows([tokens], start, keep, states)
         return logits[0], inputs[0] if states else None
 
-    def feed_rows(self, rows: Sequence[Sequence[int]], start: int, keep: int = 0, states: Sequence[int] = ()) -> tuple:
+    def feed_rows(
+        self, rows: Sequence[Sequence[int]] | Tensor, start: int, keep: int = 0, states: Sequence[int] = ()
+    ) -> tuple:
         """Feed each of R continuations its tokens, equally many, at positions start, start + 1, ..., dropping what was
         cached from `start` on.
 
@@ -91,8 +94,10 @@ class _Cached:
         """
         assert start <= self.cache.get_seq_length(), "a gap in the cache"
         self.crop(start)
+        tokens = torch.as_tensor(rows, device=self.model.device)
         out = self.model(
-            torch.tensor([list(row) for row in rows], device=self.model.device),
+            tokens,
+            **self._padding(start, start + tokens.shape[1]),
             past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=bool(states),
@@ -100,6 +105,13 @@ class _Cached:
         )
         inputs = torch.cat([out.hidden_states[i][:, -keep:] for i in states], -1) if states else None
         return out.logits.float(), inputs
+
+    def _padding(self, start: int, end: int) -> dict[str, Tensor]:
+        """What the model must be told to feed columns start to end of padded rows."""
+        if self.mask is None:
+            return {}
+        mask = torch.nn.functional.pad(self.mask, (0, max(0, end - self.mask.shape[1])), value=True)[:, :end]
+        return {"attention_mask": mask.long(), "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]}
 
     def select(self, rows: Sequence[int]) -> None:
         """Continue from these rows, in this order; one may be there several times, or not at all."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.data.dataset import Row
+from vllm_steer.decoding.chain import _Cached
 from vllm_steer.drafters.models import text_config
 from vllm_steer.training.batches import Batches
 from vllm_steer.training.config import TrainConfig
@@ -95,36 +95,6 @@ class Writer:
         return {"fraction": self.fraction, "renew": self.renew, "tokens": self.tokens, "share_of_time": share}
 
 
-class _Cached:
-    """A model with its KV cache over rows that are padded on the left."""
-
-    def __init__(self, model: PreTrainedModel, mask: Tensor):
-        """`mask` bool [R, P]: real tokens of the prompts."""
-        self.model, self.cache, self.mask = model, DynamicCache(), mask
-
-    def feed(self, tokens: Tensor, start: int, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
-        """Feed tokens [R, T] at columns start, start + 1, ..., dropping what was cached from there on.
-
-        Returns the last column's logits [R, V], and the inputs of `layers` there [R, len(layers) H] (none: None).
-        """
-        surplus = self.cache.get_seq_length() - start
-        if surplus > 0:
-            self.cache.crop(-surplus)
-        end = start + tokens.shape[1]
-        mask = torch.nn.functional.pad(self.mask, (0, max(0, end - self.mask.shape[1])), value=True)[:, :end]
-        out = self.model(
-            tokens,
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, start:],
-            past_key_values=self.cache,
-            use_cache=True,
-            output_hidden_states=bool(layers),
-            logits_to_keep=1,
-        )
-        states = torch.cat([out.hidden_states[i][:, -1] for i in layers], -1) if layers else None
-        return out.logits[:, -1], states
-
-
 @torch.no_grad()
 def answers(
     pair: Pair,
@@ -150,31 +120,31 @@ def answers(
     drafter = _Cached(pair.drafter, mask)
     vocabulary = min(text_config(model.config).vocab_size for model in (target, pair.drafter))
     with _under(pair, None):  # a prompt is never steered
-        logits, states = drafter.feed(text, 0)
+        logits, states = drafter.feed_rows(text, 0, keep=1)
     if reader is not None:  # when serving, the target says the first token
-        logits, states = reader.feed(text, 0, layers)
-    text = torch.cat([text, draw(logits[:, :vocabulary])[:, None]], 1)
+        logits, states = reader.feed_rows(text, 0, keep=1, states=layers)
+    text = torch.cat([text, draw(logits[:, -1, :vocabulary])[:, None]], 1)
     window = newest = width
     while text.shape[1] - width < most and not _all_ended(text[:, width:], eos):
         with _under(pair, states):
             feed, start = text[:, window:], window
             for _ in range(k):
-                logits, _ = drafter.feed(feed, start)
-                start, feed = start + feed.shape[1], draw(logits[:, :vocabulary])[:, None]
+                logits, _ = drafter.feed_rows(feed, start, keep=1)
+                start, feed = start + feed.shape[1], draw(logits[:, -1, :vocabulary])[:, None]
                 text = torch.cat([text, feed], 1)
         if reader is not None:
-            _, states = reader.feed(text[:, newest:-1], newest, layers)
+            _, states = reader.feed_rows(text[:, newest:-1], newest, keep=1, states=layers)
         window, newest = newest if reader is not None else newest + k, newest + k
     return [_row(row, text[i, width:].tolist(), eos) for i, row in enumerate(rows)]
 
 
 def _under(pair: Pair, states: Tensor | None) -> Any:
-    """The context in which the drafter's rows are steered by states [R, 3H]; None: they are not."""
+    """The context in which the drafter's rows are steered by states [R, 1, 3H]; None: they are not."""
     if pair.steering is None or pair.injector is None:
         return nullcontext()
     if states is None:
         return pair.injector.using(None)
-    return pair.injector.using(pair.steering(states.to(pair.steering.fuse.weight.dtype))[:, None])
+    return pair.injector.using(pair.steering(states.to(pair.steering.fuse.weight.dtype)))
 
 
 def _all_ended(written: Tensor, eos: frozenset[int]) -> bool:
