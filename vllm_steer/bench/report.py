@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+RESULTS = "results.json"
 HOW_TO_READ = """\
 Acceptance length is tokens per block, the target's own token included; brackets are 95 % bootstrap intervals over
 prompts, the same resampled prompts for every row. Tokens per second are of one pass, after the prefill (no interval:
@@ -37,6 +39,14 @@ def table(results: dict[str, Any]) -> str:
             lines += ["", *_categories(part["categories"])]
     judged = HOW_TO_READ_LENIENCE if results["settings"].get("judged") else ""
     return "\n".join([*lines, "", results.get("note", HOW_TO_READ) + judged])
+
+
+def write(output: Path, results: dict[str, Any], text: str) -> None:
+    """Write results.json and, of this text, table.md, each whole or not at all."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name, content in ((RESULTS, json.dumps(results, indent=2) + "\n"), ("table.md", text)):
+        (output / f".{name}").write_text(content, encoding="utf-8")
+        (output / f".{name}").replace(output / name)
 
 
 def plots(results: dict[str, Any], directory: Path) -> None:

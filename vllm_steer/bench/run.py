@@ -34,7 +34,6 @@ from vllm_steer.drafters.tokenizer import read_tokenizer
 
 log = logging.getLogger(__name__)
 
-RESULTS = "results.json"
 LONGEST = 4096  # tokens an engine is built for when nothing says otherwise: its KV cache must hold one such sequence
 OWN_OPTIONS = (  # engine arguments that counting depends on; all others are the caller's
     "model", "speculative_config", "max_model_len", "max_num_seqs", "seed", "enable_prefix_caching", "stream_interval",
@@ -314,7 +313,7 @@ def _digest(prompts: list[dict[str, Any]]) -> str:
 
 def _measured(output: Path, settings: Settings) -> list[dict[str, Any]]:
     """The candidates in the output. Raises SteeringError if there are none, or if their settings differ."""
-    path = output / RESULTS
+    path = output / report.RESULTS
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         before, contenders = found["settings"], found["contenders"]
@@ -336,9 +335,6 @@ def _measured(output: Path, settings: Settings) -> list[dict[str, Any]]:
 
 def _write(output: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Write results.json, table.md and the plots, each whole or not at all."""
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in ((RESULTS, json.dumps(results, indent=2) + "\n"), ("table.md", report.table(results))):
-        (output / f".{name}").write_text(text, encoding="utf-8")
-        (output / f".{name}").replace(output / name)
+    report.write(output, results, report.table(results))
     report.plots(results, output)
     return results

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_steer.bench import conditions, cost_model, step_costs
+from vllm_steer.bench import conditions, cost_model, report, step_costs
 from vllm_steer.bench.candidate import NONE, Contender
-from vllm_steer.bench.report import markdown
 from vllm_steer.common import options, provenance
 from vllm_steer.common.errors import SteeringError, require_at_least
 from vllm_steer.common.files import only_writer, refuse_used
@@ -28,8 +27,6 @@ from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.data.prompts import encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.tokenizer import read_tokenizer
-
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -157,10 +154,10 @@ def _settings(config: TuneConfig, prompts: list[dict[str, Any]]) -> dict[str, An
 
 def _measured(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
-        found = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+        found = json.loads((output / report.RESULTS).read_text(encoding="utf-8"))
         before, measured = found["settings"], found["measured"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SteeringError(f"cannot resume, {output / RESULTS}: {error}; start without --resume") from None
+        raise SteeringError(f"cannot resume, {output / report.RESULTS}: {error}; start without --resume") from None
     for key, value in redact(settings).items():
         if what := difference(before.get(key), value):
             raise SteeringError(
@@ -180,10 +177,7 @@ def _write(output: Path, config: TuneConfig, settings: dict[str, Any], measured:
     }
     if all(name in measured for name in (NONE, *(f"k={k}" for k in config.k))):
         found |= judge(config, measured)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, text in ((RESULTS, json.dumps(found, indent=2) + "\n"), ("table.md", table(found))):
-        (output / f".{name}").write_text(text, encoding="utf-8")
-        (output / f".{name}").replace(output / name)
+    report.write(output, found, table(found))
     if "predicted" in found:
         plot(found, output / "tune.png")
     return found
@@ -227,11 +221,11 @@ def table(found: dict[str, Any]) -> str:
         [f"batch {size}", *(f"{of_size[k]:.1f}" for k in lengths), NONE if chosen[size] == 0 else f"k={chosen[size]}"]
         for size, of_size in predicted.items()
     ]
-    lines += [*markdown(head, rows), ""]
+    lines += [*report.markdown(head, rows), ""]
     head, rows = ["tokens/s served", *served], []
     for size in predicted:
         rows.append([f"batch {size}", *(_beside(name, s[size], predicted[size]) for name, s in served.items())])
-    lines += [*markdown(head, rows), "", "In brackets: what was predicted, over what was served.", ""]
+    lines += [*report.markdown(head, rows), "", "In brackets: what was predicted, over what was served.", ""]
     rates = found["measured"][max((n for n in served if n.startswith("k=")), key=lambda n: int(n[2:]))]["rates"]
     lines += [
         f"Acceptance rate at 1 2 ...: {' '.join(f'{rate:.2f}' for rate in rates)}.",
