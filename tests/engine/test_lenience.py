@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from closed_form import said
 from pairs import make_pair, random_prompt
 from repository import ROOT
 from test_lossless import NEW, P_VALUE, VOCAB, p_value
@@ -23,19 +24,6 @@ SEQUENCES = {"v1": 96, "v2": 32}  # Triton's interpreter is slow
 K = 3
 EPSILON = 0.1  # of sampled requests
 SYNTHETIC = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": 2.0}
-
-
-def raised(p: Tensor, lenience: Lenience) -> Tensor:
-    """f(p), from the paper's formulas."""
-    e = lenience.epsilon
-    return {"linear": p / e, "square": p / e**2, "exponential": torch.where(p > 0, p**e, 0)}[lenience.form]
-
-
-def said(p: Tensor, q: Tensor, lenience: Lenience) -> Tensor:
-    """The distribution [N, V] of tokens that lenient verification of a draft from q says."""
-    accepted = torch.minimum(q, raised(p, lenience))
-    residual = (p - q).clamp(min=0)
-    return accepted + (1 - accepted.sum(-1, keepdim=True)) * residual / residual.sum(-1, keepdim=True).clamp(min=1e-300)
 
 
 def options(lenience: Any) -> dict[str, Any]:

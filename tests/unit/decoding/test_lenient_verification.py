@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from closed_form import said
 from scipy.stats import chisquare
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_steer.common.errors import SteeringError
@@ -23,20 +23,6 @@ Q = torch.tensor([0.1, 0.2, 0.05, 0.35, 0.3], dtype=torch.float64)
 DRAWS = 20_000
 
 
-def raised(p: Tensor, epsilon: float, form: str) -> Tensor:
-    """f(p), from the paper's formulas."""
-    return {"linear": p / epsilon, "square": p / epsilon**2, "exponential": torch.where(p > 0, p**epsilon, 0)}[form]
-
-
-def said(p: Tensor, q: Tensor, epsilon: float, form: str) -> Tensor:
-    """The distribution [..., V] of a token that lenient verification of one draft from q says."""
-    accepted = torch.minimum(q, raised(p, epsilon, form))
-    residual = (p - q).clamp(min=0)
-    left = residual.sum(-1, keepdim=True)
-    residual = torch.where(left > 0, residual / left.clamp(min=1e-300), p)
-    return accepted + (1 - accepted.sum(-1, keepdim=True)) * residual
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_said_has_the_closed_form(form: str) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -46,7 +32,7 @@ def test_what_is_said_has_the_closed_form(form: str) -> None:
         counts[recursive(P, Q, [draft], generator, lenience=Lenience(0.5, form))[1]] += 1
     assert counts[P == 0].sum() == 0, "a token that the target never says"
     keep = P > 0
-    right = said(P, Q, 0.5, form)
+    right = said(P, Q, Lenience(0.5, form))
     assert chisquare(counts[keep], DRAWS * right[keep]).pvalue > 1e-4
     assert chisquare(counts[keep], DRAWS * P[keep]).pvalue < 1e-10, "it is the target's own: nothing was given up"
 
@@ -56,7 +42,7 @@ def test_epsilon_one_gives_nothing_up(form: str) -> None:
     log_p = torch.tensor([0.0, -1.0, -torch.inf])
     assert Lenience(1.0, form).exact and not Lenience(0.9, form).exact
     assert Lenience(1.0, form).log_gain(log_p).tolist() == [0, 0, 0]
-    assert torch.allclose(said(P, Q, 1.0, form), P)
+    assert torch.allclose(said(P, Q, Lenience(1.0, form)), P)
 
 
 def test_gains_are_the_papers() -> None:
