@@ -23,7 +23,8 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import write_json
 from vllm_steer.common.identity import difference, fingerprint
 from vllm_steer.common.provenance import public_name
-from vllm_steer.data.dataset import sha256
+from vllm_steer.data import split
+from vllm_steer.data.dataset import Row, sha256
 from vllm_steer.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,15 @@ def require_same(config: TrainConfig, checkpoint: Path) -> None:
                 f"{what} was {_shown(was)} when {checkpoint.parent.parent} was started, and is {_shown(given)} now: "
                 "give the same to resume, or a new --output to start anew"
             )
+
+
+def begin(config: TrainConfig, held_out: list[Row], checkpoints: Path, last: Path | None) -> None:
+    """Keep what a run that begins was given, or note that one goes on from its checkpoint `last`."""
+    if last is None:
+        split.store(held_out, checkpoints)
+        store(config, checkpoints)
+    else:
+        note_resume(config, last)
 
 
 def note_resume(config: TrainConfig, checkpoint: Path) -> None:

@@ -36,6 +36,7 @@ from vllm_steer.training import on_policy, record, runs, writing
 from vllm_steer.training.batches import Batches, read_data
 from vllm_steer.training.block_pair import BlockPair
 from vllm_steer.training.config import TrainConfig, add_arguments
+from vllm_steer.training.forecast import forecast
 from vllm_steer.training.pair import Pair, choose_positions
 from vllm_steer.training.plots import plot_training
 
@@ -148,7 +149,9 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     if int(os.environ.get("RANK", 0)) == 0:
         made.rehearse()
     judge = lambda: _judge(pair, source, held, config)  # noqa: E731
+    begun = time.perf_counter()
     before = judge()  # also in a resumed run: the checkpoint is loaded inside trainer.train
+    judging = time.perf_counter() - begun
     data = split.describe(rows, held_out, Path(config.data[0]).name)
     if config.control is not None:
         split.check_control(config.control, data)
@@ -160,11 +163,8 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     trainer = _trainer(config, pair, source, training, arguments, judge, writer)
     checkpoints, last = Path(arguments.output_dir), last_checkpoint(Path(config.output)) if config.resume else None
     if trainer.is_world_process_zero():
-        if last is None:
-            split.store(held_out, checkpoints)
-            record.store(config, checkpoints)
-        else:
-            record.note_resume(config, last)
+        record.begin(config, held_out, checkpoints, last)
+        log.info("%s", forecast(pair, source, training, config, last, judging))
     begun = time.perf_counter()
     if config.steps:
         trainer.train(resume_from_checkpoint=str(last) if last else None)

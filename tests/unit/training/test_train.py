@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from pairs import Size, tiny_config, tiny_model
 from repository import ROOT
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -282,6 +284,19 @@ def test_training_accepts_more_and_records_how(folder: Path, tmp_path: Path) -> 
     assert str(folder) not in json.dumps(record.to_dict()), "no machine's paths in a checkpoint"
 
 
+def test_what_a_run_takes_is_said_before_it_and_changes_nothing(
+    folder: Path, tmp_path: Path, caplog, monkeypatch
+) -> None:
+    given = {"steps": 3, "save_every": 3}
+    with caplog.at_level("INFO", "vllm_steer"):
+        trainer.train(options(folder, tmp_path / "said", **given))
+    assert re.search(r"about [\d,]+ tokens/s in each process: 3 steps and their evaluations take \d+ s", caplog.text)
+    monkeypatch.setattr(trainer, "forecast", lambda *_: "nothing was timed")
+    trainer.train(options(folder, tmp_path / "silent", **given))
+    said, silent = (load_file(tmp_path / name / "steering/model.safetensors") for name in ("said", "silent"))
+    assert said.keys() == silent.keys() and all(torch.equal(said[name], silent[name]) for name in said)
+
+
 def test_a_control_stands_beside_what_is_trained(folder: Path, tmp_path: Path) -> None:
     """The distilled drafter of the same data, also when only upper layers are steered from a cached trunk."""
     distilled = trainer.train(options(folder, tmp_path / "distilled", mode="distill"))
@@ -358,7 +373,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 
     def stopping(*logits):
         calls.append(1)
-        if len(calls) > 5:
+        if len(calls) > 7:  # two of them were for the forecast
             raise KeyboardInterrupt
         return distance(*logits)
 
