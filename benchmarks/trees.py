@@ -19,7 +19,7 @@ from record import interval, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_steer.decoding import tree
-from vllm_steer.decoding.tree import Beam, Branching
+from vllm_steer.decoding.tree import Adaptive, Beam, Branching
 from vllm_steer.drafters.steered import checkpoint
 
 ONES = (1,) * 4
@@ -35,6 +35,10 @@ WAYS: dict[str, tuple[tree.Tree, str]] = {
     "RSD-S 4 of 5": (Beam(4, 5), "recursive"),
     "RSD-S 4 of 5, whole paths": (Beam(4, 5, whole=True), "recursive"),
     "coupled 4,1,1,1,1": (Branching((4, *ONES)), "coupled"),
+    "adaptive, 2 rows of 5": (Adaptive(2, 5), "coupled"),
+    "adaptive, 4 rows of 5": (Adaptive(4, 5), "coupled"),
+    "adaptive, 8 rows of 5": (Adaptive(8, 5), "coupled"),
+    "RSD-C 4,2,1,1,1": (Branching((4, 2, 1, 1, 1)), "recursive"),
 }
 
 
@@ -89,7 +93,7 @@ def main() -> None:
             known = None
             for way in args.ways:
                 shape, verification = WAYS[way]
-                if temperature == 0 and verification != "recursive":
+                if temperature == 0 and verification != "recursive" and not isinstance(shape, Adaptive):
                     continue  # greedy trees have one kind of draft
                 if temperature > 0 and getattr(shape, "whole", False):
                     continue

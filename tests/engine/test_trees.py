@@ -19,14 +19,14 @@ from test_parity import TRAINED, prompts, spec
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_steer.decoding.chain import Generation
-from vllm_steer.decoding.tree import Branching, TreeBlock, generate
+from vllm_steer.decoding.tree import Adaptive, Branching, Tree, TreeBlock, generate
 from vllm_steer.drafters.steered import checkpoint
 
 RUNNERS = pytest.mark.parametrize("runner", ["v1", "v2"])
 NEW = 32
 END = 256  # a short context
 ROOM = {"max_num_batched_tokens": 256}  # for the drafts of all requests at once
-TREES = [(2, 2, 1), pytest.param((3, 1, 1, 1), marks=pytest.mark.slow)]
+TREES = [Branching((2, 2, 1)), Adaptive(4, 3), pytest.param(Branching((3, 1, 1, 1)), marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,16 @@ def tree(*widths: int) -> dict[str, Any]:
     return {"additional_config": {"vllm_steer": {"tree": list(widths)}}}
 
 
+def tree_rows(count: int) -> dict[str, Any]:
+    """Engine options that ask for an adaptive tree."""
+    return {"additional_config": {"vllm_steer": {"tree_rows": count}}}
+
+
 @functools.cache
-def reference(target: Path, drafter: Path, widths: tuple[int, ...], steered: bool) -> list[Generation]:
+def reference(target: Path, drafter: Path, shape: Tree, steered: bool) -> list[Generation]:
     load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()  # noqa: E731
     big, small, steering = load(target), load(drafter), checkpoint.load(drafter) if steered else None
-    return [generate(big, small, p, Branching(widths), steering, max_new_tokens=NEW) for p in prompts(target)]
+    return [generate(big, small, p, shape, steering, max_new_tokens=NEW) for p in prompts(target)]
 
 
 def laid_end_to_end(block: TreeBlock, newest: int) -> list[int]:
@@ -59,28 +64,28 @@ def assert_same_rows(result: dict[str, Any], target: Path, expected: list[Genera
         assert made == want, f"prompt of {len(prompt)} tokens"
 
 
-@pytest.mark.parametrize("widths", TREES)
+@pytest.mark.parametrize("shape", TREES, ids=str)
 @pytest.mark.parametrize("drafter", ["steered", "plain"])
 @RUNNERS
 def test_every_rows_drafts_are_those_of_the_reference(
-    llama: tuple[Path, Path, Path], runner: str, drafter: str, widths: tuple[int, ...], runners: Any
+    llama: tuple[Path, Path, Path], runner: str, drafter: str, shape: Branching | Adaptive, runners: Any
 ) -> None:
     target, plain, steered = llama
     model = steered if drafter == "steered" else plain
-    expected = reference(target, model, widths, drafter == "steered")
+    expected = reference(target, model, shape, drafter == "steered")
     accepted = {block.accepted for g in expected for block in g.blocks}
-    assert accepted == set(range(len(widths) + 1)), "the pair must show every number of accepted tokens"
-    call = runners(runner).generate(
-        target, spec(model, len(widths)), prompts(target), max_tokens=NEW, **ROOM, **tree(*widths)
-    )
+    assert accepted == set(range(shape.depth + 1)), "the pair must show every number of accepted tokens"
+    asked = tree_rows(shape.rows) if isinstance(shape, Adaptive) else tree(*shape.widths)
+    call = runners(runner).generate(target, spec(model, shape.depth), prompts(target), max_tokens=NEW, **ROOM, **asked)
     assert_same_rows(call, target, expected)
-    assert f"draft trees are on: {list(widths)}, " in call["log"] and "slots of its KV cache beyond" in call["log"]
+    said = "a tree of 4 rows, parting where" if isinstance(shape, Adaptive) else f"{shape}, "
+    assert f"draft trees are on: {said}" in call["log"] and "slots of its KV cache beyond" in call["log"]
     if drafter == "plain":
         return
     assert_own_guides(call, target, steered, prompts(target))
-    leaves = Branching(widths).leaves
+    leaves = len(expected[0].blocks[0].rows)
     for made in call["rounds"]:
-        assert made["rows"][1:] == [made["requests"] * leaves] * (len(widths) - 1), "a row without its request's guide"
+        assert made["rows"][1:] == [made["requests"] * leaves] * (shape.depth - 1), "a row without its request's guide"
 
 
 @RUNNERS
@@ -102,7 +107,7 @@ def test_trees_and_chains_in_one_batch(llama: tuple[Path, Path, Path], runner: s
     result = runners(runner).generate(
         target, spec(steered, 3), prompts(target), max_tokens=NEW, max_num_batched_tokens=50, **tree(2, 2, 1)
     )
-    assert result["tokens"] == [g.tokens for g in reference(target, steered, (2, 2, 1), True)]
+    assert result["tokens"] == [g.tokens for g in reference(target, steered, Branching((2, 2, 1)), True)]
 
 
 @RUNNERS
@@ -136,7 +141,7 @@ def test_a_fault_in_the_pages_shows(llama: tuple[Path, Path, Path], fault: str) 
         found = runner.generate(target, spec(steered, 3), prompts(target), max_tokens=NEW, **ROOM, **tree(2, 2, 1))
     finally:
         runner.close()
-    assert found["tokens"] != [g.tokens for g in reference(target, steered, (2, 2, 1), True)]
+    assert found["tokens"] != [g.tokens for g in reference(target, steered, Branching((2, 2, 1)), True)]
 
 
 @RUNNERS
@@ -168,16 +173,16 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 
 @pytest.mark.parametrize("runner", ["v1"])
-@pytest.mark.parametrize("method", ["greedy", "coupled", "recursive"])
+@pytest.mark.parametrize("method", ["greedy", "coupled", "recursive", "adaptive"])
 def test_sampled_output_is_the_targets(
     sampled: tuple[Path, Path, Path], method: str, runner: str, runners: Any
 ) -> None:
     """On V1, whose noise for trees is ours: the distribution at three temperatures, and under top-k and top-p."""
     target, _, steered = sampled
-    options = tree(3, 2, 1)
-    if method != "greedy":
+    options = tree_rows(5) if method == "adaptive" else tree(3, 2, 1)
+    if method in ("coupled", "recursive"):
         options["additional_config"]["vllm_steer"]["tree_verification"] = method
-        method = "probabilistic"
+    method = "greedy" if method == "greedy" else "probabilistic"
     rows = [random_prompt(6, seed=i, vocab_size=lossless.VOCAB) for i in range(lossless.SEQUENCES["v1"])]
     filters = [(t, {}) for t in lossless.TEMPERATURES] + [(1.0, {"top_k": 9, "top_p": 0.8})]
     calls = [
@@ -198,7 +203,7 @@ def test_sampled_output_is_the_targets(
 
 
 @pytest.mark.parametrize("runner", ["v2"])
-@pytest.mark.parametrize("method", ["greedy", "coupled"])
+@pytest.mark.parametrize("method", ["greedy", "coupled", "adaptive"])
 def test_seeded_output_is_the_targets_own(
     sampled: tuple[Path, Path, Path], method: str, runner: str, runners: Any
 ) -> None:
@@ -206,8 +211,9 @@ def test_seeded_output_is_the_targets_own(
     rows = [random_prompt(6, seed=i, vocab_size=lossless.VOCAB) for i in range(6)]
     filters = [{"n": 2}, {"top_p": 0.8}, {"top_k": 7}, {}, {"temperature": 0.6}, {"temperature": 0}]
     sampling = [{"temperature": 1.0, "seed": i, "max_tokens": 20} | each for i, each in enumerate(filters)]
-    options = tree(3, 1, 1)
-    options["additional_config"]["vllm_steer"]["tree_verification"] = "coupled"  # says nothing of greedy drafts
+    options = tree_rows(3) if method == "adaptive" else tree(3, 1, 1)
+    if method == "coupled":
+        options["additional_config"]["vllm_steer"]["tree_verification"] = "coupled"
     drafter = spec(steered, 3, draft_sample_method="greedy" if method == "greedy" else "probabilistic")
     calls = [{"prompts": rows, "sampling": sampling}]
     found = runners(runner).run(target, drafter, calls, **ROOM, **options)
@@ -265,7 +271,7 @@ def test_compiled_rows_are_the_same(llama: tuple[Path, Path, Path], runner: str,
     target, _, steered = llama
     keys = {"enforce_eager": False, "compilation_config": {"backend": backend}, **ROOM, **tree(2, 2, 1)}
     result = runners(runner).generate(target, spec(steered, 3), prompts(target), max_tokens=NEW, **keys)
-    assert_same_rows(result, target, reference(target, steered, (2, 2, 1), True))
+    assert_same_rows(result, target, reference(target, steered, Branching((2, 2, 1)), True))
 
 
 @RUNNERS

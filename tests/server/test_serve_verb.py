@@ -46,6 +46,12 @@ def test_a_tree_brings_its_depth_and_a_block_size_that_suits_it() -> None:
     assert "32" not in launch.command(STEERED, ["--block-size=16"], TARGET, tree="4,1,1")
     both = launch.command(ADAPTER, ["--additional-config", '{"vllm_steer": {"scale": 2}}'], TARGET, DRAFTER, "2,1")
     assert json_options(both)["--additional-config"] == {"vllm_steer": {"adapter": ADAPTER, "scale": 2, "tree": [2, 1]}}
+    rows = launch.command(STEERED, [], TARGET, tree_rows=4)
+    assert json_options(rows) == {
+        "--speculative-config": SPEC,
+        "--additional-config": {"vllm_steer": {"tree_rows": 4}},
+    }
+    assert rows[-2:] == ["--block-size", "32"]
     with pytest.raises(SteeringError, match="the tree is '4;1', allowed are whole numbers with commas"):
         launch.command(STEERED, [], TARGET, tree="4;1")
 

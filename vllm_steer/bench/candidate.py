@@ -28,7 +28,7 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 
 TREE_MARK = "@tree:"
-ROWS_MARK = "@rows:"  # of a block drafter: draft trees of so many rows
+ROWS_MARK = "@rows:"  # draft trees of so many rows, which part where the drafter is unsure
 LENIENCE_MARK = "@lenience:"  # and an epsilon, and maybe : and a form
 BLIND_MARK = "@blind"  # of a block drafter: its drafts do not depend on each other
 NONE = "none"  # the name of the contender without speculation
@@ -65,14 +65,14 @@ class Contender:
     drafter: str | None = None
     adapter: str | None = None
     tree: tuple[int, ...] | None = None  # children of every node by depth; None: chains
-    rows: int | None = None  # of a block drafter: draft trees of so many rows
+    rows: int | None = None  # draft trees of so many rows, which part where the drafter is unsure
     blind: bool = False  # of a block drafter: without its approximator or bigram
     lenience: str | None = None  # EPSILON or EPSILON:FORM; None: the output is the target's
 
     @classmethod
     def parse(cls, text: str) -> Contender:
-        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with @tree:W,W,... or, of a block drafter, @rows:L and @blind, and
-        last @lenience:EPSILON."""
+        """From NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with @tree:W,W,... or @rows:L, of a block drafter @blind, and last
+        @lenience:EPSILON."""
         name, equals, value = text.partition("=")
         value, given, lenience = value.partition(LENIENCE_MARK)
         blind, value = value.endswith(BLIND_MARK), value.removesuffix(BLIND_MARK)
@@ -83,13 +83,13 @@ class Contender:
         if not equals or not value or rows == -1 or not re.fullmatch(r"[\w.-]+", name):
             raise SteeringError(
                 f"--drafters has {text!r}, allowed is NAME=DRAFTER or NAME=ADAPTER+DRAFTER, with a name of letters, "
-                f"digits and . _ -, and at the end {TREE_MARK}W,W,... for draft trees; of a block drafter {ROWS_MARK}L "
-                f"for trees of L rows, {BLIND_MARK} for drafts that do not depend on each other, and last "
-                f"{LENIENCE_MARK}EPSILON for output that is not the target's"
+                f"digits and . _ -, and at the end {TREE_MARK}W,W,... or {ROWS_MARK}L for draft trees; of a block "
+                f"drafter {BLIND_MARK} for drafts that do not depend on each other, and last {LENIENCE_MARK}EPSILON "
+                "for output that is not the target's"
             )
         adapter, plus, drafter = value.partition("+")
         if plus and not Path(value).exists():
-            found = cls(name, drafter, adapter, tree)
+            found = cls(name, drafter, adapter, tree, rows, blind)
         else:
             found = cls(name, value, tree=tree, rows=rows, blind=blind)
         found = dataclasses.replace(found, lenience=lenience if given else None)
@@ -152,9 +152,10 @@ class Contender:
         if self.method is not None:
             BlockConfig.read(self.drafter).check_target(target)
             return None
-        if self.blind or self.rows:
-            mark = BLIND_MARK if self.blind else ROWS_MARK
-            raise SteeringError(f"{self.name} has {mark}, and {self.drafter} is no block drafter: drop {mark}")
+        if self.blind:
+            raise SteeringError(
+                f"{self.name} has {BLIND_MARK}, and {self.drafter} is no block drafter: drop {BLIND_MARK}"
+            )
         if checkpoint.has_steering(self.drafter) and not checkpoint.has_drafter(self.drafter):
             raise SteeringError(
                 f"{self.drafter} is an adapter: give its base drafter as well, {self.name}={self.drafter}+DRAFTER"
@@ -178,9 +179,10 @@ class Contender:
         """What an identity has only where it is so, so that older results stay the same."""
         found: dict[str, Any] = {"tree": list(self.tree)} if self.tree else {}
         found |= {"lenience": str(self.read_lenience())} if self.lenience else {}
+        found |= {"rows": self.rows} if self.rows or self.method is not None else {}
         if self.drafter is not None and self.method is not None:
             table = Path(self.drafter) / ngram.FOLDER
-            found |= {"blind": self.blind, "rows": self.rows}
+            found |= {"blind": self.blind}
             found["ngram_weights"] = provenance.fingerprint(table) if ngram.has_ngram(self.drafter) else None
         return found
 

@@ -1,4 +1,4 @@
-"""The shape of a draft tree with a fixed number of children at every depth (RSD-C, arXiv 2402.14160)."""
+"""The shape of a draft tree: a fixed number of children at every depth (RSD-C, arXiv 2402.14160), or of rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from vllm_steer.common.errors import SteeringError
 
 @dataclass(frozen=True)
 class TreeShape:
-    """Children of every node, by depth: (4, 1, 1) is four chains of three from the newest token."""
+    """Children of every node, by depth: (4, 1, 1) is four chains of three from the newest token.
+
+    `adaptive`: the rows part where the drafter is unsure (decoding/adaptive.py), the widths are then (L, 1, ..., 1).
+    """
 
     widths: tuple[int, ...]
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         whole = all(isinstance(width, int) and not isinstance(width, bool) for width in self.widths)
@@ -21,6 +25,9 @@ class TreeShape:
             raise SteeringError(
                 f"the tree is {list(self.widths)}, allowed is a list of whole numbers from 1 up, e.g. [4, 1, 1]"
             )
+
+    def __str__(self) -> str:
+        return f"of {self.leaves} rows" if self.adaptive else str(list(self.widths))
 
     @property
     def depth(self) -> int:
@@ -56,6 +63,11 @@ class TreeShape:
             return TreeShape(tuple(int(part) for part in text.split(",")))
         except ValueError:
             raise SteeringError(f"the tree is {text!r}, allowed are whole numbers with commas, e.g. 4,1,1") from None
+
+    @staticmethod
+    def of_rows(count: int, depth: int) -> TreeShape:
+        """An adaptive tree."""
+        return TreeShape((count, *[1] * (depth - 1)), adaptive=True)
 
     @staticmethod
     def of(widths: Sequence[int]) -> TreeShape:

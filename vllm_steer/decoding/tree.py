@@ -10,6 +10,7 @@ As chain.py, with its positions and its window rule; only what is drafted and ve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.decoding.adaptive import TIE
 from vllm_steer.decoding.chain import (
     Block,
     Generation,
@@ -74,7 +76,41 @@ class Beam:
         return [pair for pair in grown if id(pair[0]) in kept]
 
 
-Tree = Branching | Beam
+@dataclass(frozen=True)
+class Adaptive:
+    """`rows` paths that part where the drafter is unsure; adaptive.py says how, for vLLM."""
+
+    rows: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.depth < 1:
+            raise SteeringError(
+                f"the tree has {self.rows} rows and is {self.depth} deep, allowed are numbers from 1 up"
+            )
+
+    def children(self, depth: int) -> int:
+        """No node has more children than there are rows."""
+        return self.rows
+
+    def keep(self, grown: list[tuple[Node, int]]) -> list[tuple[Node, int]]:
+        """As Branching.keep: each parent gives its rows, one by one, to the child that is worth most."""
+        kept = []
+        for parent in {id(child.parent): child.parent for child, _ in grown}.values():
+            assert parent is not None
+            own = [pair for pair in grown if pair[0].parent is parent]
+            log_probs = [child.log_prob - parent.log_prob for child, _ in own]
+            worth = [max(log_probs[i:]) - TIE * i for i in range(len(own))]
+            for _ in range(parent.rows if parent.parent is not None else self.rows):
+                last = own[0][0].depth == self.depth
+                free = [i for i, (child, _) in enumerate(own) if not (last and child.rows)]
+                best = max(free, key=lambda i: worth[i] - 2 * math.log(own[i][0].rows + 1) if not last else -i)
+                own[best][0].rows += 1
+            kept += [pair for pair in own if pair[0].rows]
+        return kept
+
+
+Tree = Branching | Beam | Adaptive
 Verifier = Greedy | Coupled | Independent | Recursive
 
 
@@ -117,6 +153,11 @@ def generate(
     _require_request(prompt, max_new_tokens, temperature)
     allowed = ", ".join(VERIFICATIONS)
     _require(verification in VERIFICATIONS, f"verification is {verification!r}, allowed are {allowed}")
+    _require(
+        temperature == 0 or verification == "coupled" or not isinstance(tree, Adaptive),
+        f"which drafts of an adaptive tree stay depends on them, which is not exact with {verification} drafts: give "
+        "verification 'coupled'",
+    )
     _require(
         temperature == 0 or verification == "recursive" or not isinstance(tree, Beam),
         f"a beam ranks paths by their probability, which {verification} drafts do not follow: give a branching list, "

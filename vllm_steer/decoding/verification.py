@@ -86,6 +86,7 @@ class Node:
     children: list[Node] = field(default_factory=list)  # in the order in which they were drawn
     q: Tensor | None = None  # [V] float64: the drafter's distribution after this token, where it has children
     row: int = 0  # a row of the target's pass that holds this node
+    rows: int = 0  # how many rows pass through it, in an adaptive tree
 
     @property
     def depth(self) -> int:

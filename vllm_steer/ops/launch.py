@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draft trees: children of every node by depth, e.g. 4,1,1,1,1 (default: chains); docs/trees.md says when",
     )
     parser.add_argument(
-        "--tree-rows", type=int, metavar="L", help="draft trees of a block drafter: rows of each (default: a chain)"
+        "--tree-rows",
+        type=int,
+        metavar="L",
+        help="draft trees of L rows, which part where the drafter is unsure (default: a chain)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
     parser.epilog = (parser.epilog or "") + (
@@ -84,8 +87,6 @@ def command(
     folder = checkpoint.resolve(directory)
     if is_block_drafter(folder):
         return _block_command(folder, rest, target, tree_rows, {"--drafter": drafter, "--tree": tree})
-    if tree_rows is not None:
-        raise SteeringError(f"--tree-rows is {tree_rows}, and {directory} is no block drafter: give --tree")
     config = SteeringConfig.read(folder / checkpoint.FOLDER / "config.json")
     given, rest = take_json(rest)
     spec = {k.replace("-", "_"): v for k, v in given[SPECULATIVE].items()}
@@ -99,6 +100,9 @@ def command(
         shape = TreeShape.parse(tree)
         spec.setdefault("num_speculative_tokens", shape.depth)
         merge(additional, {"vllm_steer": {"tree": list(shape.widths)}})
+    if tree_rows is not None:
+        merge(additional, {"vllm_steer": {"tree_rows": tree_rows}})
+    if tree is not None or tree_rows is not None:
         rest = _with_block_size(rest)
     options = ["--speculative-config", json.dumps(speculative(config, base) | spec)]
     if base != directory:

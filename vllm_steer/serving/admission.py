@@ -15,6 +15,7 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import SteeringConfig, check_pair
 from vllm_steer.serving import block_admission, lenience_admission, patching, tree_admission
+from vllm_steer.serving.block_plan import block_plan
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.serving.plan import LAYER_IDS, PLAN, Options, Plan, Written, draft_model, on_v2, source_of, written
 
@@ -42,9 +43,9 @@ def prepare(vllm_config: VllmConfig) -> None:
                 f"additional-config names the steering adapter {options.adapter!r}, but no draft model is configured: "
                 "give --speculative-config with the adapter's base drafter as model"
             )
-        if options.tree is not None and not off:
+        if (tree := options.shape(1)) is not None and not off and block_plan(vllm_config) is None:
             raise SteeringError(
-                f"additional-config names the tree {options.tree}, but no draft model is configured: give "
+                f"additional-config names the tree {tree}, but no draft model is configured: give "
                 "--speculative-config with a draft model, steered or plain"
             )
         return
@@ -56,8 +57,10 @@ def prepare(vllm_config: VllmConfig) -> None:
         )
     if written(vllm_config) is None:
         _prepare_steered(vllm_config, draft, options, off)
-    if options.tree is not None and not off:
-        tree_admission.admit(vllm_config, options.tree)
+    spec: Any = vllm_config.speculative_config
+    tree = options.shape(spec.num_speculative_tokens)
+    if tree is not None and not off:
+        tree_admission.admit(vllm_config, tree)
 
 
 def _prepare_steered(vllm_config: VllmConfig, draft: Any, options: Options, off: bool) -> None:

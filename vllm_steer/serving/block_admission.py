@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.drafters.block import checkpoint, ngram
 from vllm_steer.drafters.block.config import CANDIDATE_HEADS, KINDS, METHODS, BlockConfig, kind_of
 from vllm_steer.drafters.steered.checkpoint import has_steering
@@ -35,7 +36,7 @@ def admit(vllm_config: VllmConfig, options: Options, off: bool) -> None:
     if spec is None or spec.method not in METHODS.values():
         if options.refines and not off:
             raise SteeringError(
-                "additional-config vllm_steer names ngram, alpha or tree_rows, which are for block drafters: give "
+                "additional-config vllm_steer names ngram or alpha, which are for block drafters: give "
                 f"--speculative-config with one ({', '.join(KINDS)})"
             )
         return
@@ -57,7 +58,7 @@ def admit(vllm_config: VllmConfig, options: Options, off: bool) -> None:
         patching.require(v2=on_v2(vllm_config), part="medusa" if kind == "medusa" else "blocks")
     setattr(draft.hf_config, BLOCK, Written(asdict(plan)))
     if plan.tree_rows is not None:
-        tree_admission.admit(vllm_config, [plan.tree_rows] + [1] * (spec.num_speculative_tokens - 1))
+        tree_admission.admit(vllm_config, TreeShape((plan.tree_rows, *[1] * (spec.num_speculative_tokens - 1))))
 
 
 def _kind(vllm_config: Any, draft: Any, options: Options) -> str | None:
@@ -72,7 +73,7 @@ def _kind(vllm_config: Any, draft: Any, options: Options) -> str | None:
     if kind is None and options.refines:
         raise SteeringError(
             f"{draft.model} is {', '.join(names) or 'of no known architecture'}, whose drafts cannot be refined: drop "
-            "ngram, alpha and tree_rows from additional-config vllm_steer"
+            "ngram and alpha from additional-config vllm_steer"
         )
     return kind
 
@@ -81,7 +82,7 @@ def _refuse_steering(draft: Any, options: Options) -> None:
     asked = {
         "a steering adapter (adapter)": options.adapter is not None,
         "steering of its own (a steering/ folder)": has_steering(draft.model),
-        "a tree with children at every depth (tree; tree_rows is for block drafters)": options.tree is not None,
+        "a tree with children at every depth (tree; give tree_rows)": options.tree is not None,
         "draft graphs (draft_graphs), vLLM has its own for it": options.draft_graphs,
     }
     for name, there in asked.items():

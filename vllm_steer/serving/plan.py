@@ -38,7 +38,7 @@ class Options:
     filter_drafts: bool = True  # probabilistic drafts follow the request's top-k and top-p
     tree: list[int] | None = None  # children of every node by depth, in place of a chain of drafts
     tree_verification: str = "recursive"  # of sampled drafts, or "coupled"
-    tree_rows: int | None = None  # of a block drafter: rows of a tree, in place of a chain of drafts
+    tree_rows: int | None = None  # rows of a tree that part where the drafter is unsure, in place of a chain of drafts
     refine: bool = True  # use the bigram beside a block drafter
     ngram: str | None = None  # directory with another ngram/
     alpha: float | None = None  # weight of the bigram, greedy and sampled (default: as it was tuned)
@@ -61,7 +61,13 @@ class Options:
     @property
     def refines(self) -> bool:
         """Whether something is asked for by name that only block drafters have."""
-        return any(each is not None for each in (self.ngram, self.alpha, self.tree_rows))
+        return any(each is not None for each in (self.ngram, self.alpha))
+
+    def shape(self, k: int) -> TreeShape | None:
+        """The tree of a draft model that drafts k deep; None: it drafts chains."""
+        if self.tree is not None:
+            return TreeShape.of(self.tree)
+        return None if self.tree_rows is None else TreeShape.of_rows(self.tree_rows, k)
 
     def _check(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):
@@ -91,6 +97,10 @@ class Options:
                     "up, the children of every node by depth, e.g. [4, 1, 1]"
                 )
             TreeShape.of(self.tree)
+            if self.tree_rows is not None:
+                raise SteeringError(
+                    f"additional-config {OPTIONS}: tree is {self.tree} and tree_rows is {self.tree_rows}: give one"
+                )
         if self.tree_verification not in TREE_VERIFICATIONS:
             raise SteeringError(
                 f"additional-config {OPTIONS}: tree_verification is {self.tree_verification!r}, allowed are "
@@ -168,14 +178,19 @@ def tree_of(vllm_config: VllmConfig) -> TreeShape | None:
     """The tree an engine drafts, as `prepare` admitted it; None: it drafts chains."""
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     found = getattr(getattr(draft, "hf_config", None), TREE, None)
-    return TreeShape.of(found["widths"]) if isinstance(found, Written) and found else None
+    if not isinstance(found, Written) or not found:
+        return None
+    return TreeShape(tuple(found["widths"]), found.get("adaptive", False))
 
 
 def rejects_recursively(vllm_config: VllmConfig) -> bool:
     """Whether an engine's trees are sampled and verified by recursive rejection."""
     spec = vllm_config.speculative_config
     sampled = spec is not None and spec.method == "draft_model" and spec.draft_sample_method == "probabilistic"
-    return sampled and Options.read(vllm_config.additional_config).tree_verification == "recursive"
+    shape = tree_of(vllm_config)
+    if not sampled or (shape is not None and shape.adaptive):
+        return False  # which drafts of an adaptive tree are verified depends on them: only coupled draws are exact
+    return Options.read(vllm_config.additional_config).tree_verification == "recursive"
 
 
 def filters_drafts(vllm_config: VllmConfig) -> bool:

@@ -23,7 +23,7 @@ logger = logging.getLogger("vllm.steer")
 MOST_DRAFTS = 128  # vllm/v1/sample/rejection_sampler.py: MAX_SPEC_LEN
 
 
-def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
+def admit(vllm_config: VllmConfig, shape: TreeShape) -> None:
     """Write the tree into the draft model's config, and the number of its draft tokens into vLLM's; repeatable.
 
     Raises SteeringError for a tree that cannot be served as asked.
@@ -31,15 +31,15 @@ def admit(vllm_config: VllmConfig, widths: list[int]) -> None:
     if tree_of(vllm_config) is not None:
         return  # a copy
     spec: Any = vllm_config.speculative_config
-    shape, k = TreeShape.of(widths), spec.num_speculative_tokens
+    k = spec.num_speculative_tokens
     if shape.depth != k:
         raise SteeringError(
-            f"the tree {widths} is {shape.depth} deep and num_speculative_tokens is {k}: give both the same length"
+            f"the tree {shape} is {shape.depth} deep and num_speculative_tokens is {k}: give both the same length"
         )
     patching.require(v2=on_v2(vllm_config), part="trees")
     _refuse_unsupported(vllm_config)
     _require_room(vllm_config, shape)
-    setattr(spec.draft_model_config.hf_config, TREE, Written(widths=list(widths)))
+    setattr(spec.draft_model_config.hf_config, TREE, Written(widths=list(shape.widths), adaptive=shape.adaptive))
     spec.num_speculative_tokens = shape.drafts
     _without_full_graphs(vllm_config)
 
@@ -50,7 +50,7 @@ def say_so(vllm_config: Any, shape: TreeShape) -> None:
     logger.info(
         "draft trees are on: %s, %d rows of %d tokens to verify for each request, which reserve %d slots of its KV "
         "cache beyond its tokens",
-        list(shape.widths),
+        f"a tree {shape}, parting where the drafter is unsure" if shape.adaptive else shape,
         shape.leaves,
         shape.depth + 1,
         shape.lookahead(block),
@@ -98,7 +98,7 @@ def _require_room(vllm_config: Any, shape: TreeShape) -> None:
     scheduler = vllm_config.scheduler_config
     if shape.drafts > MOST_DRAFTS:
         raise SteeringError(
-            f"the tree {list(shape.widths)} has {shape.leaves} rows of {shape.depth + 1} tokens, {shape.drafts} draft "
+            f"the tree {shape} has {shape.leaves} rows of {shape.depth + 1} tokens, {shape.drafts} draft "
             f"tokens for vLLM, which verifies {MOST_DRAFTS} at most: give a smaller tree"
         )
     rows = scheduler.max_num_seqs * shape.leaves
@@ -112,7 +112,7 @@ def _require_room(vllm_config: Any, shape: TreeShape) -> None:
     block, length = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     if block is not None and shape.lookahead(block) >= length:
         raise SteeringError(
-            f"the rows of the tree {list(shape.widths)} need {shape.lookahead(block)} slots of a request's KV cache at "
+            f"the rows of the tree {shape} need {shape.lookahead(block)} slots of a request's KV cache at "
             f"a block size of {block}, the context is {length}: give --block-size 16 or 32, or a smaller tree"
         )
 

@@ -209,8 +209,8 @@ GOOD = {"prompts": "p.jsonl", "output": "out", "target": "t", "drafters": ("plai
         ({"drafters": ()}, "nothing to measure"),
         ({"drafters": ("a=b@tree:4,1",), "k": 5}, "a with a tree 2 deep, --k is 5: give both the same length"),
         ({"drafters": ("a=b@tree:x",)}, "the tree is 'x', allowed are whole numbers with commas"),
-        ({"drafters": ("a=b@rows:x",)}, "@rows:L for trees of L rows"),
-        ({"drafters": ("a=b@rows:0",)}, "@rows:L for trees of L rows"),
+        ({"drafters": ("a=b@rows:x",)}, "@rows:L for draft trees"),
+        ({"drafters": ("a=b@rows:0",)}, "@rows:L for draft trees"),
         ({"target": None}, "nothing to measure"),
         ({"engine": "{"}, "--engine is not valid JSON"),
         ({"engine": "[]"}, "allowed is a JSON object"),
@@ -231,6 +231,7 @@ def test_contenders(tmp_path: Path) -> None:
     assert Contender.parse("a=x/y@tree:4,1") == Contender("a", "x/y", None, (4, 1))
     assert Contender.parse("a=ad/x+base@tree:2,2") == Contender("a", "base", "ad/x", (2, 2))
     assert Contender.parse("a=x@rows:4@blind") == Contender("a", "x", rows=4, blind=True)
+    assert Contender.parse("a=x+y@rows:4") == Contender("a", "y", "x", rows=4)
     assert [Contender.parse(f"a=x{mark}").drafts(2) for mark in ("", "@tree:4,1", "@rows:4")] == [2, 11, 11]
     (tmp_path / "c++").mkdir()
     assert Contender.parse(f"a={tmp_path}/c++").adapter is None, "a directory of that name is meant"

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.decoding import chain, tree
-from vllm_steer.decoding.tree import Beam, Branching
-from vllm_steer.decoding.verification import Noise, gumbel, recursive
+from vllm_steer.decoding.adaptive import share
+from vllm_steer.decoding.tree import Adaptive, Beam, Branching
+from vllm_steer.decoding.verification import Node, Noise, gumbel, recursive
 from vllm_steer.drafters.steered import checkpoint
 
 NEW = 20
@@ -28,6 +29,7 @@ SHAPES = [
     Beam(4, 3),
     Beam(4, 3, whole=True),
     Beam(1, 4),
+    Adaptive(4, 3),
 ]
 V = 6
 
@@ -93,7 +95,38 @@ def test_a_beam_of_whole_paths_has_a_row_for_each(pair: Any) -> None:
     assert set(blocks[True][0].rows) < set(blocks[False][0].rows)
 
 
-@pytest.mark.parametrize("shape", [Branching((4, 1, 1)), Branching((3, 2, 1))], ids=str)
+def test_an_adaptive_tree_has_its_rows_and_the_chain_first(pair: Any) -> None:
+    target, drafter, steering = pair
+    prompt = random_prompt(7, vocab_size=32)
+    found = tree.generate(target, drafter, prompt, Adaptive(4, 3), steering, max_new_tokens=NEW)
+    line = tree.generate(target, drafter, prompt, Branching((1, 1, 1)), steering, max_new_tokens=NEW)
+    assert all(len(set(block.rows)) == 4 and set(map(len, block.rows)) == {3} for block in found.blocks)
+    assert found.blocks[0].rows[0] == line.blocks[0].rows[0]
+    depths = {tuple(len({row[:depth] for row in block.rows}) for depth in (1, 2)) for block in found.blocks}
+    assert len(depths) > 1, "rows part at other depths in other rounds"
+
+
+@pytest.mark.parametrize("sort", [True, False], ids=["by probability", "by noise"])
+@pytest.mark.parametrize("last", [False, True])
+def test_rows_are_shared_as_in_the_reference(sort: bool, last: bool) -> None:
+    """For vLLM, of two nodes at once, against the loop that gives one row after the other."""
+    generator = torch.Generator().manual_seed(0)
+    for two in range(4, 6):
+        weights = torch.log_softmax(torch.randn(2, 6, generator=generator) * 3, -1)
+        weights = weights.sort(-1, descending=True).values if sort else weights
+        first, rows = torch.tensor([[0] * two + [two] * (6 - two)]), torch.tensor([[two] * two + [6 - two] * (6 - two)])
+        child, start, left = share(weights[[0] * two + [1] * (6 - two)][None], first, rows, last)
+        expected = []
+        for number, budget in enumerate((two, 6 - two)):
+            root = Node(0, parent=Node(9), rows=budget)
+            grown = [(Node(i, root, float(w)), 0) for i, w in enumerate(weights[number])]
+            kept = Adaptive(6, 2 if last else 3).keep(grown)
+            expected += [(node.token, node.rows) for node, _ in kept for _ in range(node.rows)]
+        assert list(zip(child[0].tolist(), left[0].tolist(), strict=True)) == expected
+        assert all(start[0, i] == i or start[0, i] == start[0, i - 1] for i in range(6))
+
+
+@pytest.mark.parametrize("shape", [Branching((4, 1, 1)), Branching((3, 2, 1)), Adaptive(4, 3)], ids=str)
 def test_coupled_output_is_the_targets_under_the_same_noise(pair: Any, shape: tree.Tree) -> None:
     target, drafter, steering = pair
     accepted = []
@@ -186,6 +219,8 @@ def test_sampled_output_has_the_targets_distribution(pair: Any, shape: tree.Tree
         (lambda: Branching(()), r"the tree is \[\], allowed is a list of whole numbers from 1 up"),
         (lambda: Branching((2, 0)), r"the tree is \[2, 0\]"),
         (lambda: Beam(0, 3), "the beam is 0 wide and 3 deep"),
+        (lambda: Adaptive(3, 0), "the tree has 3 rows and is 0 deep"),
+        (lambda: tree.generate(None, None, [1], Adaptive(2, 2), temperature=1.0), "give verification 'coupled'"),
         (lambda: tree.generate(None, None, [], Beam(2, 2)), "the prompt is empty"),
         (
             lambda: tree.generate(None, None, [1], Beam(2, 2), verification="lucky"),

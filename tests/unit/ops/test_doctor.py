@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -322,6 +323,8 @@ def test_a_tree_is_rehearsed_too() -> None:
     found = examined(checkpoint=STEERED, target=TARGET, tree="4,1,1,1,1")["draft tree"]
     assert found.status == OK and "4 rows of 6 tokens" in found.seen and "256 slots" in found.seen
     assert examined(checkpoint=STEERED, target=TARGET, tree="8,1,1,1,1")["draft tree"].status == WARNING
+    rows = examined(checkpoint=STEERED, target=TARGET, tree_rows=4)["draft tree"]
+    assert rows.status == OK and "4 rows of 6 tokens" in rows.seen
     refused = examined(checkpoint=STEERED, target=TARGET, tree="64,1,1,1,1")
     assert refused["front end"].status == FAIL and "give a smaller tree" in refused["front end"].seen
     assert "draft tree" not in examined(checkpoint=STEERED, target=TARGET)
@@ -498,6 +501,6 @@ def test_a_real_server(tmp_path: Path) -> None:
         running.steer(0)
         off = until("steering", FAIL)
     assert {f.status for f in found.values()} == {OK}, found
-    measured = float(found["acceptance"].seen.split()[0])
+    measured = float(re.search(r"acceptance length (\S+)", found["acceptance"].seen).group(1))
     assert measured == pytest.approx(1 + counted["accepted"] / counted["drafts"], abs=0.3)
     assert off["steering"].seen == "off in 1 of 1 engines"

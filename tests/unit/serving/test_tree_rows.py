@@ -18,8 +18,8 @@ from torch import Tensor
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.kill_switch import KILL_SWITCH
-from vllm_steer.serving.plan import Options, Plan, tree_of
-from vllm_steer.serving.trees.drafting import Growth, greedy
+from vllm_steer.serving.plan import Options, Plan, rejects_recursively, tree_of
+from vllm_steer.serving.trees.drafting import Growth, greedy, growing
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.noise import gumbel
 from vllm_steer.serving.trees.pages import Pages, pages_of
@@ -169,6 +169,18 @@ def test_growing_a_tree() -> None:
     assert flat(torch.tensor([5]), growth.paths).tolist() == [[1, 0, 5, 1, 3, 5, 2, 3, 5, 2, 2]]
 
 
+def test_growing_an_adaptive_tree() -> None:
+    """Two rows stay together while the drafter is sure, and the third parts; at the end all are different."""
+    shape, heat = TreeShape.of_rows(3, 2), torch.zeros(1)
+    growth = growing(shape, torch.arange(LIMIT // BLOCK)[None], torch.tensor([6]), BLOCK, LIMIT, greedy, heat)
+    growth.grow(torch.tensor([[0.0, 9, 8, 1]]))
+    assert growth.tokens.tolist() == [1, 1, 2]
+    hidden = torch.arange(3.0)[:, None]
+    assert growth.nodes(hidden).flatten().tolist() == [0, 1, 2]
+    growth.grow(torch.tensor([[9.0, 0, 0, 8], [9.0, 0, 0, 8], [0, 0, 7, 0]]))
+    assert growth.paths.tolist() == [[[1, 0], [1, 3], [2, 2]]]
+
+
 def test_nothing_waits_for_the_device() -> None:
     """No operator of a round reads a value back."""
     shape, ids = TreeShape((2, 1)), torch.tensor([5, 1, 2, 5, 3, 4])
@@ -181,6 +193,11 @@ def test_nothing_waits_for_the_device() -> None:
             growth.grow(logits[:1] if not growth._paths else growth.nodes(logits[:2]))
             growth.step()
         flat(torch.tensor([5]), growth.paths)
+        adaptive = growing(
+            TreeShape.of_rows(2, 2), torch.arange(16)[None], torch.tensor([9]), BLOCK, LIMIT, greedy, None
+        )
+        adaptive.grow(logits[:1])
+        adaptive.grow(adaptive.nodes(logits[:2]))
         rows = Rows(shape, np.array([6]), np.array([5]), np.array([False]), CPU)
         rows.place(ids, torch.arange(9, 15), BLOCK, LIMIT)
         rows.find_pages(torch.arange(16)[None], torch.zeros(6, dtype=torch.int64))
@@ -283,6 +300,16 @@ def test_an_admitted_tree_is_known_before_any_size_is_derived(pair: Any, drafter
     assert of(config) != of(chains), "a compile cache would be shared"
 
 
+def test_rows_of_an_adaptive_tree(pair: Any) -> None:
+    sampled = {"draft_sample_method": "probabilistic"}
+    assert rejects_recursively(engine_config(pair.target, pair.steered, TREE, block_size=16, spec=sampled))
+    config = engine_config(pair.target, pair.steered, {"vllm_steer": {"tree_rows": 4}}, block_size=16, spec=sampled)
+    assert tree_of(config) == TreeShape.of_rows(4, 3) and config.speculative_config.num_speculative_tokens == 15
+    config.__post_init__()  # vLLM copies configurations
+    assert tree_of(config) == TreeShape.of_rows(4, 3)
+    assert not rejects_recursively(config), "which drafts are verified depends on them"
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"additional": {"vllm_steer": {"tree": [2, 1]}}}, r"2 deep and num_speculative_tokens is 3: give both"),
     ({"additional": {"vllm_steer": {"tree": [17, 2, 1]}}}, "verifies 128 at most: give a smaller tree"),
@@ -292,6 +319,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"additional": {"vllm_steer": {"tree": [2, 1, 1], "tree_verification": "greedy"}}},
         "allowed are recursive and",
     ),
+    (
+        {"additional": {"vllm_steer": {"tree": [2, 1, 1], "tree_rows": 2}}},
+        r"tree is \[2, 1, 1\] and tree_rows is 2: give",
+    ),
+    ({"additional": {"vllm_steer": {"tree_rows": 0}}}, "tree_rows is 0, allowed is a whole number from 1 up"),
+    ({"additional": {"vllm_steer": {"tree_rows": 40}}}, "the tree of 40 rows has 40 rows of 4 tokens"),
     ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
     ({"spec": {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.9, 0.5, 0.1]}}, "'synthetic'"),
     ({"additional": {"vllm_steer": {"tree": [2, 1, 1], "draft_graphs": True}}}, "draft_graphs"),
@@ -319,6 +352,8 @@ def test_a_sliding_window_is_refused(pair: Any, tmp_path: Path) -> None:
 def test_a_tree_without_a_draft_model(pair: Any) -> None:
     with pytest.raises(ValueError, match="names the tree .* but no draft model is configured"):
         engine_config(pair.target, None, TREE)
+    with pytest.raises(ValueError, match="names the tree of 4 rows, but no draft model is configured"):
+        engine_config(pair.target, None, {"vllm_steer": {"tree_rows": 4}})
 
 
 def test_the_kill_switch_drafts_chains(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from vllm_steer.ops.doctor.findings import FAIL, OK, SKIPPED, WARNING, Case, Fin
 from vllm_steer.ops.launch import UnknownModel, drafter_of, speculative, target_of
 from vllm_steer.serving import introspection, patching
 from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
+from vllm_steer.serving.plan import tree_of
 
 PLUGINS, STAT_LOGGERS = "vllm.general_plugins", "vllm.stat_logger_plugins"
 TESTED_QUANTIZATION = "compressed-tensors"  # of drafters
@@ -246,9 +247,9 @@ def front_end(case: Case) -> Iterable[Finding]:
     if case.drafter != case.checkpoint:
         ours["adapter"] = case.checkpoint
     more: dict[str, Any] = {}
-    if case.tree is not None:
-        shape = TreeShape.parse(case.tree)
-        speculation["num_speculative_tokens"], ours["tree"], more = shape.depth, list(shape.widths), for_trees()
+    if (shape := _shape(case, speculation["num_speculative_tokens"])) is not None:
+        ours |= {"tree_rows": shape.leaves} if shape.adaptive else {"tree": list(shape.widths)}
+        speculation["num_speculative_tokens"], more = shape.depth, for_trees()
     case.engine = introspection.rehearse(
         case.target,
         speculation,
@@ -267,11 +268,18 @@ def front_end(case: Case) -> Iterable[Finding]:
         yield Finding("front end", FAIL, "vLLM accepts the pair and does not steer it", "see plugin and seams above")
 
 
+def _shape(case: Case, k: int) -> TreeShape | None:
+    """The draft tree that was asked for, of a drafter that drafts `k` deep."""
+    if case.tree is not None:
+        return TreeShape.parse(case.tree)
+    return None if case.tree_rows is None else TreeShape.of_rows(case.tree_rows, k)
+
+
 def draft_tree(case: Case) -> Iterable[Finding]:
     """What the rows of a draft tree take, if one was asked for; what refuses it is the front end's to say."""
-    if case.tree is None:
+    shape, block = tree_of(case.engine), case.engine.cache_config.block_size
+    if shape is None:
         return
-    shape, block = TreeShape.parse(case.tree), case.engine.cache_config.block_size
     slots, length = shape.lookahead(block), case.engine.model_config.max_model_len
     seen = f"{shape.leaves} rows of {shape.depth + 1} tokens to verify for each request, {slots} slots of its KV cache "
     seen += f"beyond its tokens, at a block size of {block}"

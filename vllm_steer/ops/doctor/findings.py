@@ -32,6 +32,7 @@ class Case:
     drafter: Any = None
     url: Any = None
     tree: Any = None  # as typed: 4,1,1
+    tree_rows: int | None = None
     max_num_seqs: int | None = None
     tensor_parallel_size: int = 1
     max_model_len: int | None = None

@@ -112,6 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="directory or hub id (default: the one recorded in the checkpoint)")
     parser.add_argument("--drafter", help="base drafter of an adapter (default: the one recorded in it)")
     parser.add_argument("--tree", metavar="W,W,...", help="a draft tree to serve, as of `vllm-steer serve --tree`")
+    parser.add_argument("--tree-rows", type=int, metavar="L", help="an adaptive one, as of `serve --tree-rows`")
     parser.add_argument("--url", help="address of a running server to look at, too")
     for name, text in (
         ("max_num_seqs", "requests at once to plan memory for (default: vLLM's)"),

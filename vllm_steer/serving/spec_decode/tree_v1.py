@@ -28,7 +28,7 @@ from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.plan import rejects_recursively
 from vllm_steer.serving.spec_decode.verify_v1 import Verifier
 from vllm_steer.serving.tree_admission import say_so
-from vllm_steer.serving.trees.drafting import Growth
+from vllm_steer.serving.trees.drafting import Growth, growing
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.pages import Paged, Pages, pages_of
 from vllm_steer.serving.trees.recursive import Recursive
@@ -108,9 +108,11 @@ class TreeRounds(Paged):
         assert self._newest is not None and self._hidden is not None
         requests = len(self._hidden)
         self._verifier.meet(self._runner.input_batch.req_ids, self._runner.requests)
-        growth = Growth(
+        sampling = given["sampling_metadata"]
+        growth = growing(
             self.shape, metadata.block_table_tensor[:requests], self._newest, self._proposer.block_size,
-            self._proposer.max_model_len, self._verifier.rank(given["sampling_metadata"], self._newest),
+            self._proposer.max_model_len, self._verifier.rank(sampling, self._newest),
+            None if sampling.all_greedy else sampling.temperature[:requests],
         )  # fmt: skip
         self._drafter.copy(*growth.forks)
         growth.grow(self._proposer.model.compute_logits(self._hidden))

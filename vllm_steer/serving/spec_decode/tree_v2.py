@@ -26,7 +26,7 @@ from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.plan import tree_of
 from vllm_steer.serving.spec_decode.verify_v2 import Verifier
 from vllm_steer.serving.tree_admission import say_so
-from vllm_steer.serving.trees.drafting import Growth
+from vllm_steer.serving.trees.drafting import Growth, growing
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.pages import Paged, Pages, pages_of
 from vllm_steer.serving.trees.requests import looks_back
@@ -112,9 +112,9 @@ class TreeRounds(Paged):
         assert self._hidden is not None
         newest = speculator.expanded_positions[speculator.last_token_indices[:n]].clone()
         table = speculator.block_tables.input_block_tables[0][:n]
-        growth = Growth(
+        growth = growing(
             self.shape, table, newest, speculator.block_tables.block_sizes[0], speculator.max_model_len,
-            self._verifier.rank(batch.req_ids, newest),
+            self._verifier.rank(batch.req_ids, newest), speculator.temperature[speculator.idx_mapping[:n]],
         )  # fmt: skip
         self._drafter.copy(*growth.forks)
         growth.grow(speculator.compute_draft_logits(self._hidden, 0))

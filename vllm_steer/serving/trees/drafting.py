@@ -9,11 +9,13 @@ Shape legend: B requests, L leaves, V vocabulary, M pages of a request, k depth,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.decoding.adaptive import share
 from vllm_steer.decoding.block_tree import Rank as BlockRank
 from vllm_steer.decoding.block_tree import probable
 from vllm_steer.serving.trees.layout import page_tables, slots
@@ -79,6 +81,38 @@ class Growth:
     def paths(self) -> Tensor:
         """[B, L, k], once k tokens have been added."""
         return torch.stack(self._paths, 2)
+
+
+class AdaptiveGrowth(Growth):
+    """A draft round whose rows part where the drafter is unsure. After the first pass each row has its own logits."""
+
+    def __init__(self, *args: Any, weigh: BlockRank):
+        """The other arguments are Growth's."""
+        super().__init__(*args)
+        self._weigh = weigh
+        self._first = self._newest.new_zeros(len(self._newest), self.shape.leaves)
+        self._rows = torch.full_like(self._first, self.shape.leaves)
+
+    def grow(self, logits: Tensor) -> None:
+        """Add a token to every row, from logits [B, V] at first, then [B L, V]."""
+        rows, requests = self.shape.leaves, len(self._newest)
+        found = self._weigh(logits, len(self._paths), rows)
+        tokens, weights = (each.view(requests, -1, rows).expand(requests, rows, rows) for each in found)
+        last = len(self._paths) + 1 == self.shape.depth
+        child, self._first, self._rows = share(weights, self._first, self._rows, last)
+        self._paths.append(tokens.gather(2, child[..., None])[..., 0])
+
+    def nodes(self, hidden: Tensor) -> Tensor:
+        """All of them: where rows part is not known to the host."""
+        return hidden
+
+
+def growing(
+    shape: TreeShape, table: Tensor, newest: Tensor, block_size: int, limit: int, rank: Rank, heat: Tensor | None
+) -> Growth:
+    """The draft round of a tree; `heat` [B] are the requests' temperatures, None if all are greedy."""
+    given = (shape, table, newest, block_size, limit, rank)
+    return AdaptiveGrowth(*given, weigh=weighed(rank, newest, heat)) if shape.adaptive else Growth(*given)
 
 
 def greedy(logits: Tensor, width: int, rows: int, positions: Tensor) -> Tensor:
