@@ -1,11 +1,13 @@
-"""Draw the README's figure from committed results: `python docs/figure.py`. Nothing is typed in by hand.
+"""Draw the figures of README and docs from committed results: `python docs/figure.py`. Nothing is typed in by hand.
 
-Left, acceptance length with its 95 % interval; right, tokens per second over those of the plain drafter of that run.
+results.svg     acceptance length with its 95 % interval; tokens per second over those of the plain drafter of that run
+drafters.svg    acceptance length against time per block, at batch 1: tiny pair (`vllm-steer bench`), cut pair (demo.py)
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from matplotlib.figure import Figure
 from vllm_steer.bench.summary import with_new_names
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from demo_report import draw  # noqa: E402
+
 PAIRS = {"tiny_v1": "tiny pair", "cut_v1": "cut pair", "qwen_v1": "Qwen pair"}
 COLOURS = {"plain": "0.6", "adapter": "tab:blue", "distilled": "tab:orange", "steered": "tab:green"}
 
@@ -26,9 +31,33 @@ def rows_of(name: str) -> list[tuple[str, list[dict[str, Any]]]]:
     return [("greedy" if part["temperature"] == 0 else f"T={part['temperature']:g}", part["rows"]) for part in parts]
 
 
-def main() -> None:
+def tiny_pair() -> dict[str, tuple[float, float]]:
+    """Milliseconds per block and acceptance length of the tiny pair's drafters, batch 1."""
+    text = (ROOT / "benchmarks/results/blocks_tiny.json").read_text(encoding="utf-8")
+    bench = next(each for each in json.loads(text)["benches"] if each["settings"]["batch"] == 1)
+    rows = [(row["name"], row["acceptance_length"], row["tokens_per_second"]) for row in bench["results"][0]["rows"]]
+    return {name: (1000 * length / speed, length) for name, length, speed in rows}
+
+
+def cut_pair() -> dict[str, tuple[float, float]]:
+    """The same of the cut pair, from the last run of the demo."""
+    run = json.loads((ROOT / "benchmarks/results/demo_cut.json").read_text(encoding="utf-8"))["runs"][-1]
+    return {row["name"]: (row["milliseconds_per_block"], row["acceptance_length"]) for row in run["rows"]}
+
+
+def drafters() -> None:
+    """Write docs/drafters.svg."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, title, points in zip(
+        figure.subplots(1, 2), ("tiny pair, float32", "cut pair"), (tiny_pair(), cut_pair()), strict=True
+    ):
+        draw(axes, points)
+        axes.set_title(title, fontsize=10)
+    figure.savefig(ROOT / "docs/drafters.svg", metadata={"Date": None})
+
+
+def results() -> None:
     """Write docs/results.svg."""
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-steer"  # the same file for the same numbers
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     length, speed = figure.subplots(1, 2)
     ticks: list[tuple[float, str]] = []
@@ -52,6 +81,13 @@ def main() -> None:
     handles = [matplotlib.patches.Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(COLOURS), fontsize=8, frameon=False)
     figure.savefig(ROOT / "docs/results.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Write all figures."""
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-steer"  # the same file for the same numbers
+    results()
+    drafters()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def plots(results: dict[str, Any], directory: Path) -> None:
             if row["acceptance_rates"]:
                 shares = [float("nan") if x is None else x for x in row["acceptance_rates"]]
                 axes.plot(range(1, len(shares) + 1), shares, marker="o", label=row["name"])
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(directory / "acceptance_rate.png", dpi=150)
 
 
