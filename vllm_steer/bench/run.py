@@ -26,7 +26,6 @@ from vllm_steer.common.files import only_writer, refuse_used
 from vllm_steer.common.identity import difference
 from vllm_steer.common.options import option
 from vllm_steer.common.redaction import redact
-from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.data.generate import SAMPLING
 from vllm_steer.data.prompts import SPLITS, Prompt, encode_prompt, is_builtin, read_prompts
 from vllm_steer.drafters.models import read_model_config, text_config
@@ -280,7 +279,8 @@ def _encode(config: BenchConfig, models: list[Any]) -> tuple[list[dict[str, Any]
 def _rows(config: BenchConfig) -> int:
     """Slots of the KV cache that the rows of the largest tree need after the last token; 0 without trees."""
     block = ({"block_size": 16} | for_trees() | config.engine_options)["block_size"]
-    return max(TreeShape.of(c.tree).lookahead(block) if c.tree else 0 for c in config.contenders)
+    shapes = (contender.shape(config.k) for contender in config.contenders)
+    return max(0 if shape is None else shape.lookahead(block) for shape in shapes)
 
 
 def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> Settings:

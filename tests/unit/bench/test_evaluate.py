@@ -233,6 +233,8 @@ def test_contenders(tmp_path: Path) -> None:
     assert Contender.parse("a=x@rows:4@blind") == Contender("a", "x", rows=4, blind=True)
     assert Contender.parse("a=x+y@rows:4") == Contender("a", "y", "x", rows=4)
     assert [Contender.parse(f"a=x{mark}").drafts(2) for mark in ("", "@tree:4,1", "@rows:4")] == [2, 11, 11]
+    fixed, rows = (BenchConfig(**GOOD | {"drafters": (f"a=x{mark}",), "k": 2}) for mark in ("@tree:4,1", "@rows:4"))
+    assert evaluate._rows(rows) == evaluate._rows(fixed) > 0, "room for the rows of any tree"
     (tmp_path / "c++").mkdir()
     assert Contender.parse(f"a={tmp_path}/c++").adapter is None, "a directory of that name is meant"
     assert [c.name for c in BenchConfig(**GOOD | {"none": True}).contenders] == ["none", "plain"]
