@@ -66,9 +66,9 @@ def ask(client: OpenAI, pair: Pair, prompt: str, args: argparse.Namespace, echo:
     return Answer(text, tokens, first, time.monotonic() - began)
 
 
-def measure(name: str, servers: list[tuple[Way, Server]], pair: Pair, args: argparse.Namespace) -> list[Row]:
-    """Ask these servers every prompt, by turns, and read their counters before and after."""
-    rows = [Row(way.name, server.seconds, server.proof_of_life() if way.steered else None) for way, server in servers]
+def measure(servers: list[tuple[Way, Server]], pair: Pair, args: argparse.Namespace) -> list[Row]:
+    """Ask these servers every prompt, by turns, and read their counters before and after; the last one is shown."""
+    rows = [Row(way.name, server.proof_of_life() if way.steered else None) for way, server in servers]
     clients = [OpenAI(base_url=server.url + "/v1", api_key="none", timeout=args.timeout) for _, server in servers]
     for client in clients:
         ask(client, pair, WARM_UP, args, echo=False)
@@ -78,7 +78,7 @@ def measure(name: str, servers: list[tuple[Way, Server]], pair: Pair, args: argp
             print(f"\r  prompt {number + 1} of {args.prompts}", end="", flush=True)
         turns = list(zip(rows, clients, strict=True))
         for row, client in turns if number % 2 else reversed(turns):  # nobody is always the first
-            echo = number == 0 and row.name == name
+            echo = number == 0 and row is rows[-1]
             if echo:
                 print(f"  {prompt[-300:]!r}\n  | ", end="", flush=True)
             row.answers.append(ask(client, pair, prompt, args, echo))
@@ -120,13 +120,13 @@ def run(pair: Pair, args: argparse.Namespace, logs: Path) -> list[Row]:
     share = (0.9 if has_gpu() else 0.5) / (2 if pair.together else 1)
     with ExitStack() as stack:
         reference = (alone, start(alone, share, pair, args, logs, stack))
-        rows = measure(alone.name, [reference], pair, args)
+        rows = measure([reference], pair, args)
         if not pair.together:
             stack.close()
         for way in others:
             with ExitStack() as own:
                 server = (way, start(way, share, pair, args, logs, own))
-                *beside, row = measure(way.name, [reference, server] if pair.together else [server], pair, args)
+                *beside, row = measure([reference, server] if pair.together else [server], pair, args)
             row.beside = beside[0].answers if beside else []
             rows.append(row)
     return rows

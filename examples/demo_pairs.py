@@ -10,7 +10,7 @@ from typing import Any
 
 from server import ServerError
 
-from vllm_steer.drafters.block.config import BlockConfig
+from vllm_steer.drafters.block.config import METHODS, BlockConfig
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path.home() / ".cache" / "vllm-steer"
@@ -111,9 +111,9 @@ def ways_of(root: Path, steered: Path, k: int, everything: bool) -> tuple[Way, .
         ways.append(Way(f"steered, tree of {ROWS} rows", of_steered, steering | {"tree_rows": ROWS}, True))
         for part, row in BLOCKS.items():
             if (root / part / "config.json").is_file():
-                most = BlockConfig.read(root / part).draft_length
-                method = "medusa" if part == "medusa" else "dflash"
-                ways.append(Way(row, drafts(root / part, method=method) | {"num_speculative_tokens": min(k, most)}))
+                config = BlockConfig.read(root / part)
+                given = drafts(root / part, method=METHODS[config.kind])
+                ways.append(Way(row, given | {"num_speculative_tokens": min(k, config.draft_length)}))
     return tuple(ways)
 
 

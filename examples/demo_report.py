@@ -30,7 +30,6 @@ class Row:
     """What one server did."""
 
     name: str
-    start_seconds: float
     proof: str | None = None  # the line in which it says that it steers
     answers: list[Answer] = field(default_factory=list)
     beside: list[Answer] = field(

@@ -88,11 +88,9 @@ class Contender:
                 "for output that is not the target's"
             )
         adapter, plus, drafter = value.partition("+")
-        if plus and not Path(value).exists():
-            found = cls(name, drafter, adapter, tree, rows, blind)
-        else:
-            found = cls(name, value, tree=tree, rows=rows, blind=blind)
-        found = dataclasses.replace(found, lenience=lenience if given else None)
+        steered = bool(plus) and not Path(value).exists()
+        models = {"drafter": drafter, "adapter": adapter} if steered else {"drafter": value}
+        found = cls(name, **models, tree=tree, rows=rows, blind=blind, lenience=lenience if given else None)
         found.read_lenience()
         return found
 
@@ -128,9 +126,7 @@ class Contender:
 
     def shape(self, k: int) -> TreeShape | None:
         """The rows of its trees, None for chains."""
-        if self.tree is not None:
-            return TreeShape.of(self.tree)
-        return None if self.rows is None else TreeShape((self.rows, *[1] * (k - 1)))
+        return TreeShape.asked(self.tree, self.rows, k)
 
     @property
     def steering(self) -> Path | None:
@@ -179,10 +175,10 @@ class Contender:
         """What an identity has only where it is so, so that older results stay the same."""
         found: dict[str, Any] = {"tree": list(self.tree)} if self.tree else {}
         found |= {"lenience": str(self.read_lenience())} if self.lenience else {}
-        found |= {"rows": self.rows} if self.rows or self.method is not None else {}
+        found |= {"rows": self.rows} if self.rows else {}
         if self.drafter is not None and self.method is not None:
             table = Path(self.drafter) / ngram.FOLDER
-            found |= {"blind": self.blind}
+            found |= {"blind": self.blind, "rows": self.rows}
             found["ngram_weights"] = provenance.fingerprint(table) if ngram.has_ngram(self.drafter) else None
         return found
 

@@ -70,6 +70,13 @@ class TreeShape:
         return TreeShape((count, *[1] * (depth - 1)), adaptive=True)
 
     @staticmethod
+    def asked(widths: Sequence[int] | None, rows: int | None, depth: int) -> TreeShape | None:
+        """Of children by depth, or of the rows of an adaptive tree `depth` deep; None, a chain, where both are None."""
+        if widths is not None:
+            return TreeShape.of(widths)
+        return None if rows is None else TreeShape.of_rows(rows, depth)
+
+    @staticmethod
     def of(widths: Sequence[int]) -> TreeShape:
         """The shape of a list of widths."""
         return TreeShape(tuple(widths))

@@ -99,12 +99,12 @@ class Adaptive:
         for parent in {id(child.parent): child.parent for child, _ in grown}.values():
             assert parent is not None
             own = [pair for pair in grown if pair[0].parent is parent]
+            rows = parent.rows if parent.parent is not None else self.rows
             log_probs = [child.log_prob - parent.log_prob for child, _ in own]
             worth = [max(log_probs[i:]) - TIE * i for i in range(len(own))]
-            for _ in range(parent.rows if parent.parent is not None else self.rows):
-                last = own[0][0].depth == self.depth
-                free = [i for i, (child, _) in enumerate(own) if not (last and child.rows)]
-                best = max(free, key=lambda i: worth[i] - 2 * math.log(own[i][0].rows + 1) if not last else -i)
+            last = own[0][0].depth == self.depth  # there each row is another child
+            for n in range(rows):
+                best = n if last else max(range(len(own)), key=lambda i: worth[i] - 2 * math.log(own[i][0].rows + 1))
                 own[best][0].rows += 1
             kept += [pair for pair in own if pair[0].rows]
         return kept

@@ -65,9 +65,7 @@ class Options:
 
     def shape(self, k: int) -> TreeShape | None:
         """The tree of a draft model that drafts k deep; None: it drafts chains."""
-        if self.tree is not None:
-            return TreeShape.of(self.tree)
-        return None if self.tree_rows is None else TreeShape.of_rows(self.tree_rows, k)
+        return TreeShape.asked(self.tree, self.tree_rows, k)
 
     def _check(self) -> None:
         if isinstance(self.scale, bool) or not isinstance(self.scale, int | float):

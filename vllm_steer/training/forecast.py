@@ -44,7 +44,7 @@ def forecast(
 
 def _step(pair: Pair | BlockPair, source: Batches, rows: list[int], config: TrainConfig) -> int:
     """One forward and backward pass over these rows; returns the tokens that were read."""
-    batch = source.complete({name: x.to(source.device) for name, x in source.collate(rows).items()})
+    batch = next(source.held(rows, len(rows)))
     if config.positions < 1:
         batch = choose_positions(batch, config.positions, "forecast")
     with torch.autocast(source.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):

@@ -34,7 +34,7 @@ def row(name: str, speeds: list[float], beside: list[float] | None = None, text:
     def answers(of: list[float]) -> list[Answer]:
         return [Answer(text, 11, 1.0, 1.0 + 10 / speed) for speed in of]
 
-    made = Row(name, start_seconds=1.0, answers=answers(speeds), beside=answers(beside or []))
+    made = Row(name, answers=answers(speeds), beside=answers(beside or []))
     for key, value in more.items():
         setattr(made, key, value)
     return made

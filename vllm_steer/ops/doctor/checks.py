@@ -247,7 +247,8 @@ def front_end(case: Case) -> Iterable[Finding]:
     if case.drafter != case.checkpoint:
         ours["adapter"] = case.checkpoint
     more: dict[str, Any] = {}
-    if (shape := _shape(case, speculation["num_speculative_tokens"])) is not None:
+    widths = None if case.tree is None else TreeShape.parse(case.tree).widths
+    if (shape := TreeShape.asked(widths, case.tree_rows, speculation["num_speculative_tokens"])) is not None:
         ours |= {"tree_rows": shape.leaves} if shape.adaptive else {"tree": list(shape.widths)}
         speculation["num_speculative_tokens"], more = shape.depth, for_trees()
     case.engine = introspection.rehearse(
@@ -266,13 +267,6 @@ def front_end(case: Case) -> Iterable[Finding]:
         yield Finding("front end", OK, f"vLLM accepts the pair, on its {runner} runner; unsteered: {KILL_SWITCH}")
     else:
         yield Finding("front end", FAIL, "vLLM accepts the pair and does not steer it", "see plugin and seams above")
-
-
-def _shape(case: Case, k: int) -> TreeShape | None:
-    """The draft tree that was asked for, of a drafter that drafts `k` deep."""
-    if case.tree is not None:
-        return TreeShape.parse(case.tree)
-    return None if case.tree_rows is None else TreeShape.of_rows(case.tree_rows, k)
 
 
 def draft_tree(case: Case) -> Iterable[Finding]:

@@ -112,9 +112,10 @@ class TreeRounds(Paged):
         assert self._hidden is not None
         newest = speculator.expanded_positions[speculator.last_token_indices[:n]].clone()
         table = speculator.block_tables.input_block_tables[0][:n]
+        heat = speculator.temperature[speculator.idx_mapping[:n]] if self.shape.adaptive else None
         growth = growing(
             self.shape, table, newest, speculator.block_tables.block_sizes[0], speculator.max_model_len,
-            self._verifier.rank(batch.req_ids, newest), speculator.temperature[speculator.idx_mapping[:n]],
+            self._verifier.rank(batch.req_ids, newest), heat,
         )  # fmt: skip
         self._drafter.copy(*growth.forks)
         growth.grow(speculator.compute_draft_logits(self._hidden, 0))

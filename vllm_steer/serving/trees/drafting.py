@@ -110,7 +110,7 @@ class AdaptiveGrowth(Growth):
 def growing(
     shape: TreeShape, table: Tensor, newest: Tensor, block_size: int, limit: int, rank: Rank, heat: Tensor | None
 ) -> Growth:
-    """The draft round of a tree; `heat` [B] are the requests' temperatures, None if all are greedy."""
+    """The draft round of a tree; `heat` [B], for an adaptive one, are the temperatures, None if all are greedy."""
     given = (shape, table, newest, block_size, limit, rank)
     return AdaptiveGrowth(*given, weigh=weighed(rank, newest, heat)) if shape.adaptive else Growth(*given)
 
