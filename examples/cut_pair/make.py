@@ -6,7 +6,6 @@ the same 24 layers, but a head that fits beside them on a CPU. In order:
     target    cut tokenizer and embedding to the tokens of `tokens.json`, so that it is the same target everywhere
     drafter   pretrain two small layers on the training files with the target's tokenizer
     text      rows of real text from training files (`train.jsonl`) and prompts from test files (`heldout.jsonl`)
-    prompts   prompts from training files (`prompts.jsonl`), for the target to answer
 
     python examples/cut_pair/make.py --model ~/.cache/vllm-steer/qwen_pair/drafter --out cut_pair
 
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 KEPT = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-STAGES = ("target", "drafter", "text", "prompts")
+STAGES = ("target", "drafter", "text")
 TOKENS = HERE / "tokens.json"  # what the committed drafters were trained with
 DRAFTER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -138,38 +137,24 @@ def make_drafter(out: Path, steps: int, seed: int) -> None:
     tiny_pair().pretrain(work, out / "drafter", DRAFTER, steps, seed)
 
 
-def stretches(documents: list[list[int]], count: int, size: int, rng: random.Random) -> list[list[int]]:
-    """`count` stretches of `size` tokens at random places."""
-    chosen = []
-    for _ in range(count):
-        document = rng.choices(documents, [len(d) for d in documents])[0]
-        start = rng.randrange(max(1, len(document) - size))
-        chosen.append(document[start : start + size])
-    return chosen
-
-
 def make_text(out: Path, rows: int, length: int) -> None:
     """Rows of `length` tokens at random places of the training files, 32 of them a prompt; 160 held-out prompts."""
     from transformers import AutoTokenizer
 
     tokenizer, rng = AutoTokenizer.from_pretrained(out / "target"), random.Random(0)
     ids = tokenised(out)
-    pieces = stretches(ids["train"], rows, length, rng)
+
+    def cut(split: str, size: int) -> list[int]:
+        document = rng.choices(ids[split], [len(d) for d in ids[split]])[0]
+        start = rng.randrange(max(1, len(document) - size))
+        return document[start : start + size]
+
+    pieces = [cut("train", length) for _ in range(rows)]
     lines = [json.dumps({"prompt_ids": piece[:32], "response_ids": piece[32:]}) for piece in pieces]
     (out / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    prompts = [json.dumps({"prompt": tokenizer.decode(piece)}) for piece in stretches(ids["test"], 160, 128, rng)]
+    prompts = [json.dumps({"prompt": tokenizer.decode(cut("test", 128))}) for _ in range(160)]
     (out / "heldout.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     print(f"text: {rows} rows, {len(prompts)} held-out prompts")
-
-
-def make_prompts(out: Path, rows: int) -> None:
-    """Prompts of 96 tokens at random places of the training files."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(out / "target")
-    pieces = stretches(tokenised(out)["train"], rows, 96, random.Random(1))
-    lines = [json.dumps({"prompt": tokenizer.decode(piece)}) for piece in pieces]
-    (out / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -178,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where target/, drafter/ and the text go")
     parser.add_argument("--vocabulary", type=int, help="count tokens and keep so many")
     parser.add_argument("--steps", type=int, default=800, help="pretraining steps of the drafter")
-    parser.add_argument("--rows", type=int, default=1000, help="training rows, and prompts")
+    parser.add_argument("--rows", type=int, default=1000, help="training rows")
     parser.add_argument("--length", type=int, default=288, help="tokens per row")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these, in order")
     args = parser.parse_args()
@@ -187,7 +172,6 @@ def main() -> None:
         "target": lambda: make_target(args.model, args.out, args.vocabulary),
         "drafter": lambda: make_drafter(args.out, args.steps, seed=1),
         "text": lambda: make_text(args.out, args.rows, args.length),
-        "prompts": lambda: make_prompts(args.out, args.rows),
     }
     for stage in [s for s in STAGES if s in args.stages]:
         run[stage]()
