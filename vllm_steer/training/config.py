@@ -29,6 +29,7 @@ OF_STEERED = (
     "drafter_lr",
     "rank",
     "steered_layers",
+    "trained_layers",
     "gradient_checkpointing",
 )
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,6 +103,13 @@ class TrainConfig:
         type=int,
     )
     steered_layers: tuple[int, ...] | None = option(None, "drafter layers to steer (default: all)", nargs="+", type=int)
+    trained_layers: tuple[int, ...] | None = option(
+        None,
+        "drafter layers that train in modes joint and distill; the others, embedding and head stay as they are "
+        "(default: the whole drafter)",
+        nargs="+",
+        type=int,
+    )
     max_length: int = option(1024, "tokens per row; longer rows are cut, those without room for a response left out")
     chat_template_kwargs: str = option(
         "{}", 'variables of the target\'s chat template in JSON, like {"enable_thinking": false}: those you serve with'
@@ -111,8 +119,8 @@ class TrainConfig:
     )
     cache: str | None = option(
         None,
-        "directory for the target's states and, when only upper layers of a frozen drafter are steered, what enters "
-        "them: computed once, then shared by all epochs and by runs on the same rows (8 H + 2 H' bytes a token)",
+        "directory for the target's states and, when only upper layers of the drafter train or are steered, what "
+        "enters them: computed once, then shared by all epochs and by runs on the same rows (8 H + 2 H' bytes a token)",
         type=str,
     )
     control: str | None = option(
@@ -188,6 +196,8 @@ class TrainConfig:
                 raise SteeringError("--drafter is missing: give the pretrained drafter to steer")
             if self.target_layers is not None and len(self.target_layers) != 3:
                 raise SteeringError(f"--target-layers has {len(self.target_layers)} ids, steering reads three")
+            if self.trained_layers is not None and self.mode == "steer":
+                raise SteeringError("--trained-layers is for modes in which the drafter changes, joint and distill")
             others: tuple[str, ...] = ("layers", "anchors", "freeze_base")
         else:
             others = OF_STEERED

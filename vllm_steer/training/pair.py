@@ -159,6 +159,14 @@ class Pair(TrainedWeights):
 
         return measure(self, batches, k)
 
+    def written(self) -> list[nn.Parameter]:
+        """The weights of a checkpoint: the steering's, and all of the drafter's if some of them train."""
+        own = [] if self.steering is None else list(self.steering.parameters())
+        drafter = list(self.drafter.parameters())
+        if any(p.requires_grad for p in drafter):
+            own += drafter + [p for layer in self._cut for p in layer.parameters()]
+        return own
+
     def detach(self) -> None:
         """Remove the wrappers and restore the first layers, so that the drafter is saved in its original form."""
         for injector in self._injector:

@@ -18,6 +18,7 @@ from vllm_steer.drafters.block.config import APPROXIMATION, KINDS, WRITTEN_AS, B
 from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.drafters.models import load_model, load_models, text_config
 from vllm_steer.drafters.steered.config import SteeringConfig, default_target_layers
+from vllm_steer.drafters.steered.hf import decoder_layers
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.training import writing
@@ -62,10 +63,12 @@ def _steered(config: TrainConfig, tokenizer: Any, rows: list[Row], arguments: An
         rank=config.rank,
         draft_length=config.k,
     )
-    drafter.requires_grad_(config.mode != "steer")
+    changed = _set_trained(config, drafter)
     target.to(arguments.device)
     drafter.to(arguments.device)
-    trunk = (drafter, settings.steered_layers[0]) if config.mode == "steer" else None
+    first = min(changed if config.mode == "distill" else [*changed, *settings.steered_layers])
+    # What the drafter writes itself is not in a cache: it is read by the whole of it.
+    trunk = (drafter, first) if first and not config.on_policy else None
     source = Batches(config, target, rows, settings.target_layer_ids, arguments, trunk)
     steering = None if config.mode == "distill" else Steering(settings)
     pair = Pair(drafter, steering, target, LOSSES[config.loss], source.first_layer).to(arguments.device)
@@ -75,6 +78,25 @@ def _steered(config: TrainConfig, tokenizer: Any, rows: list[Row], arguments: An
         writing.write(config, pair, tokenizer, final, stored)
 
     return Run(pair, source, stored, lambda: writing.rehearse(config, pair, tokenizer, stored), write, target)
+
+
+def _set_trained(config: TrainConfig, drafter: PreTrainedModel) -> list[int]:
+    """Freeze what of the drafter does not train; the layers that do, 0 among them if the embedding does.
+
+    Raises SteeringError for `trained_layers` that it does not have.
+    """
+    layers = decoder_layers(drafter)
+    chosen = config.trained_layers
+    drafter.requires_grad_(config.mode != "steer" and chosen is None)
+    if config.mode == "steer":
+        return []
+    if chosen is None:
+        return [0]
+    if wrong := sorted({i for i in chosen if not 0 <= i < len(layers)}):
+        raise SteeringError(f"--trained-layers has {wrong[0]}, {config.drafter} has layers 0 to {len(layers) - 1}")
+    for i in chosen:
+        layers[i].requires_grad_(True)
+    return sorted(set(chosen))
 
 
 def _block(config: TrainConfig, tokenizer: Any, rows: list[Row], arguments: Any) -> Run:

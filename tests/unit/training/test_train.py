@@ -681,6 +681,8 @@ def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: str, complai
         ({"report_to": ("mail",)}, "--report-to is 'mail', allowed are tensorboard, wandb"),
         ({"target_layers": (0, 1, 3)}, "target_layer_ids"),
         ({"steered_layers": (2,)}, "steered_layers"),
+        ({"trained_layers": (1, 2)}, "--trained-layers has 2, .* has layers 0 to 1"),
+        ({"trained_layers": (1,), "mode": "steer"}, "--trained-layers is for modes .* joint and distill"),
         ({"drafter": "./no/such/directory"}, "cannot load"),
         ({"resume": True}, "no checkpoint to resume"),
     ],
