@@ -36,18 +36,20 @@ def valid_config(**changes: Any) -> dict[str, Any]:
     return value
 
 
-def bench_of(directory: Path, path: Path) -> Path:
-    """The results.json of a benchmark with one drafter, as `vllm-steer bench` writes it."""
+def bench_of(directory: Path, path: Path, **own: Any) -> Path:
+    """The results.json of a benchmark with one drafter, as `vllm-steer bench` writes it; `own` of its identity."""
     row = {"name": "steered", "prompts": 2, "blocks": 9, "acceptance_length": 2.5, "interval_95": [2.25, 2.75]}
     row |= {"acceptance_rates": [0.75, 0.5], "tokens_per_second": 10.0, "drafting_share": 0.25}
-    identity = {"drafter": "x", "adapter": None, "steering_weights": fingerprint(directory / "steering")}
+    identity = {"drafter": "x", "adapter": None, "steering_weights": None, **own}
+    if not own:
+        identity["steering_weights"] = fingerprint(directory / "steering")
     environment = {"vllm": "0.32.0", "torch": "2.13.0", "runner": "V1", "dtype": "float32", "eager": True}
     contender = {"name": "steered", "identity": identity, "steered": True, "peak_memory": [{"resident": 2**30}]}
     contender |= {"environment": environment | {"cores": 2, "cpu": "a processor"}}
     contender |= {"origin": {"versions": {"vllm-steer": "0.1.0"}, "date": "2026-11-22T00:00:00"}}
     settings = {"target": "target", "prompts": "p.jsonl", "number_of_prompts": 2, "max_tokens": 8, "batch": 1, "k": 2}
     summary = [{"temperature": 0.0, "rows": [row], "pairs": [], "categories": {}}]
-    path.mkdir()
+    path.mkdir(parents=True)
     results = {"command": "vllm-steer bench", "settings": settings, "contenders": [contender], "summary": summary}
     (path / "results.json").write_text(json.dumps(results))
     return path

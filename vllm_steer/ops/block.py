@@ -63,8 +63,9 @@ def speculative(directory: Path, config: BlockConfig) -> dict[str, Any]:
     return found if config.kind == "medusa" else found | {"draft_sample_method": "probabilistic"}
 
 
-def card(directory: Path, repo: str, license_name: str | None, ours: str) -> str:
-    """The model card of a block drafter that loads; `ours` is the line that says that nobody wrote it by hand."""
+def card(directory: Path, repo: str, license_name: str | None, ours: str, tables: list[str]) -> str:
+    """The model card of a block drafter that loads, with the tables of benchmarks of exactly this one; `ours` is the
+    line that says that nobody wrote it by hand."""
     from huggingface_hub import ModelCardData
 
     config, record = BlockConfig.read(directory), checkpoint.read_record(directory)
@@ -85,6 +86,7 @@ def card(directory: Path, repo: str, license_name: str | None, ours: str) -> str
         f"{KINDS[config.kind].capitalize()}; {config.draft_length} drafts in one pass.",
         f"## Serve\n\n    pip install vllm-steer\n    {fetch}\n    {serve}",
         _acceptance(record, ngram.load(directory) if ngram.has_ngram(directory) else None),
+        *(tables or ["Not measured in vLLM: there is no `vllm-steer bench` result with this card."]),
         "## How it was made\n\n```json\n" + json.dumps(record.provenance, indent=2) + "\n```",
     ]
     return "\n\n".join(lines) + "\n"

@@ -137,11 +137,9 @@ def belongings(directory: Path) -> tuple[list[str], list[str]]:
 
 
 def card(directory: Path, repo: str, benches: tuple[str, ...] = (), license_name: str | None = None) -> str:
-    """The model card of a checkpoint that loads, with the tables of benchmarks of exactly this steering."""
+    """The model card of a checkpoint that loads, with the tables of benchmarks of exactly these weights."""
     if is_block_drafter(directory):
-        if benches:
-            raise SteeringError("--bench is for steered drafters: give the table of a block drafter by hand")
-        return block.card(directory, repo, license_name, OURS)
+        return block.card(directory, repo, license_name, OURS, [_measured(Path(bench), directory) for bench in benches])
     config = checkpoint.load(directory).config
     names = {
         role: dataclasses.replace(getattr(config, role), name=redact(getattr(config, role).name)) for role in ROLES
@@ -203,25 +201,25 @@ def _acceptance(config: SteeringConfig, tables: list[str]) -> str:
 
 
 def _measured(bench: Path, directory: Path) -> str:
-    """A benchmark's table. Raises SteeringError if none of its drafters has the steering of `directory`."""
-    path = bench / "results.json"
+    """A benchmark's table. Raises SteeringError if it did not measure the checkpoint in `directory` as it is served."""
+    path, of_blocks = bench / "results.json", is_block_drafter(directory)
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = {c["name"]: c["identity"]["steering_weights"] for c in results["contenders"]}
+        mine = [c for c in results["contenders"] if _same_weights(c["identity"], directory, of_blocks)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SteeringError(
             f"{path} is not a benchmark's result ({error}): give an output of vllm-steer bench"
         ) from None
-    mine = fingerprint(directory / checkpoint.FOLDER)
-    if not (names := [name for name, weights in known.items() if not difference(weights, mine)]):
+    if not mine:
         raise SteeringError(
-            f"{bench} measured other steering weights than those of {directory}: a card claims only what was measured; "
-            "run vllm-steer bench with this checkpoint"
+            f"{bench} measured other {'' if of_blocks else 'steering '}weights than those of {directory}: a card claims "
+            "only what was measured; run vllm-steer bench with this checkpoint"
         )
-    for contender in results["contenders"]:
-        if contender["name"] in names:
-            _require_steered(contender, results["settings"], bench)
-            _require_drafter(contender["identity"].get("drafter_weights"), directory, bench)
+    if of_blocks:
+        _require_refined(mine, bench)
+    for contender in [] if of_blocks else mine:
+        _require_steered(contender, results["settings"], bench)
+        _require_drafter(contender["identity"].get("drafter_weights"), directory, bench)
     if "conditions" not in results["settings"]:
         log.warning("%s does not say under which environment variables it was measured, nor with which sampling", bench)
     return (
@@ -229,6 +227,25 @@ def _measured(bench: Path, directory: Path) -> str:
         .replace("\n## ", "\n#### ")
         .replace("# Drafters of", "### Measured in vLLM: drafters of", 1)
     )
+
+
+def _same_weights(measured: dict[str, Any], directory: Path, of_blocks: bool) -> bool:
+    """Whether an identity is that of the steering, or of the block drafter and its bigram, in `directory`."""
+    if not of_blocks:
+        return not difference(measured["steering_weights"], fingerprint(directory / checkpoint.FOLDER))
+    bigram = fingerprint(directory / ngram.FOLDER) if ngram.has_ngram(directory) else None
+    return measured.get("ngram_weights") == bigram and not difference(
+        measured["drafter_weights"], fingerprint(directory)
+    )
+
+
+def _require_refined(mine: list[dict[str, Any]], bench: Path) -> None:
+    """Raises SteeringError for a block drafter that was measured blind only."""
+    if all(contender["identity"].get("blind") for contender in mine):
+        raise SteeringError(
+            f"{bench} measured this checkpoint without its approximator or bigram only ({mine[0]['name']!r}): a card "
+            "claims what it does as it is served; run vllm-steer bench without @blind"
+        )
 
 
 def _require_steered(contender: dict[str, Any], settings: dict[str, Any], bench: Path) -> None:

@@ -14,6 +14,7 @@ from samples import bench_of
 
 from vllm_steer import cli
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.common.identity import fingerprint
 from vllm_steer.ops import hub
 
 PAIR = ROOT / "examples" / "tiny_pair"
@@ -49,6 +50,26 @@ def test_only_what_was_measured_of_this_checkpoint_is_claimed(steered: Path, tmp
         hub.card(steered, "me/steered", (str(other),))
     with pytest.raises(SteeringError, match="is not a benchmark's result"):
         hub.card(steered, "me/steered", (str(tmp_path / "nothing"),))
+
+
+@pytest.mark.parametrize("name", ["dflash", "treeflash"])
+def test_only_what_was_measured_of_this_block_drafter_is_claimed(name: str, tmp_path: Path) -> None:
+    where = PAIR / name
+    bigram = fingerprint(where / "ngram") if name == "dflash" else None
+    own = {"drafter_weights": fingerprint(where), "ngram_weights": bigram, "blind": False}
+    assert "Not measured in vLLM" in hub.card(where, "me/it")
+    text = hub.card(where, "me/it", (str(bench_of(where, tmp_path / "own", **own)),))
+    assert "2.500 [2.250, 2.750]" in text and "Not measured in vLLM" not in text
+    for changed, complaint in (
+        ({"blind": True}, "without its approximator or bigram only"),
+        ({"drafter_weights": fingerprint(PAIR / "drafter")}, "measured other weights"),
+        ({"ngram_weights": "another"}, "measured other weights"),
+    ):
+        other = bench_of(where, tmp_path / complaint.replace(" ", "") / next(iter(changed)), **own | changed)
+        with pytest.raises(SteeringError, match=complaint):
+            hub.card(where, "me/it", (str(other),))
+    with pytest.raises(SteeringError, match="is not a benchmark's result"):
+        hub.card(where, "me/it", (str(tmp_path / "nothing"),))
 
 
 def test_a_checkpoint_without_figures_claims_none(steered: Path) -> None:
