@@ -2,7 +2,7 @@
 
 Batch of one, a real KV cache for the target. The drafter reads the target's states before the newest token, proposes
 k states in one pass, and is walked along the *realised* chain: each draft depends on the one drafted before it, by the
-approximator (TreeFlash), by a bigram (draft refinement), or not at all.
+approximator (TreeFlash), by a bigram or a small language model (draft refinement), or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vllm_steer.common.errors import SteeringError, require_at_least, require_one_of
 from vllm_steer.decoding.block_tree import branches
 from vllm_steer.decoding.chain import DRAFT_SAMPLES, Block, Generation, _Cached, _Chooser, _cut
-from vllm_steer.decoding.rescoring import rescored
+from vllm_steer.decoding.rescoring import after, rescored
 from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.drafters.block.ngram import Ngram
 
@@ -29,6 +29,25 @@ class Refinement:
     ngram: Ngram
     alpha: float
 
+    def rescored(self, logits: Tensor, text: Sequence[int]) -> Tensor:
+        """Logits [V] of the token after `text`, of which the last one counts."""
+        return rescored(logits, torch.tensor(text[-1], device=logits.device), self.ngram, self.alpha)
+
+
+@dataclass(frozen=True)
+class NeuralRefinement:
+    """A small language model of the target's tokens, and the weight of its log-probabilities (the paper's second form).
+
+    It reads the whole text before each draft, so it costs a pass for every draft, as a draft model does.
+    """
+
+    model: PreTrainedModel
+    beta: float
+
+    def rescored(self, logits: Tensor, text: Sequence[int]) -> Tensor:
+        """Logits [V] of the token after `text`."""
+        return logits.float() + self.beta * after(self.model, text)
+
 
 @torch.no_grad()
 def generate(
@@ -37,7 +56,7 @@ def generate(
     prompt: Sequence[int],
     *,
     k: int | None = None,
-    refinement: Refinement | None = None,
+    refinement: Refinement | NeuralRefinement | None = None,
     max_new_tokens: int = 64,
     eos_token_ids: Collection[int] = (),
     temperature: float = 0.0,
@@ -69,6 +88,8 @@ def generate(
     require_at_least("rows", rows, 1)
     if rows > 1 and temperature:
         raise SteeringError(f"rows is {rows} and temperature {temperature}: the reference has trees at temperature 0")
+    if rows > 1 and isinstance(refinement, NeuralRefinement):
+        raise SteeringError(f"rows is {rows}: the reference refines chains with a language model, not trees")
     chooser, reader = _Chooser(temperature, draft_sample, seed), _Reader(target, drafter, refinement)
     return _loop(_Cached(target), reader, prompt, chooser, k, rows, max_new_tokens, frozenset(eos_token_ids))
 
@@ -100,8 +121,7 @@ def draft(reader: _Reader, tokens: list[int], k: int, chooser: _Chooser) -> tupl
     drafts: list[int] = []
     dists: list[Tensor | None] = []
     for j in range(k):
-        previous = torch.tensor([*tokens[-1:], *drafts][-1], device=hidden.device)
-        token, dist = chooser.draft_token(reader.logits(hidden[j], previous, j))
+        token, dist = chooser.draft_token(reader.logits(hidden[j], [*tokens, *drafts], j))
         drafts.append(token)
         dists.append(dist)
     return drafts, dists
@@ -112,7 +132,7 @@ def draft_rows(reader: _Reader, tokens: list[int], k: int, rows: int) -> list[li
     hidden = reader.hidden(tokens, k)
 
     def logits(step: int, previous: Tensor) -> Tensor:
-        return torch.stack([reader.logits(hidden[step], token, step) for token in previous])
+        return torch.stack([reader.logits(hidden[step], [token], step) for token in previous.tolist()])
 
     return branches(logits, torch.tensor(tokens[-1:], device=hidden.device), k, rows)[0].tolist()
 
@@ -128,9 +148,14 @@ def _longest(reader: _Reader, big: _Cached, rows: list[list[int]], tokens: list[
 
 
 class _Reader:
-    """The target's states so far, and the drafter that reads them, with the bigram beside it if there is one."""
+    """The target's states so far, and the drafter that reads them, with what refines it if anything does."""
 
-    def __init__(self, target: PreTrainedModel, drafter: BlockDrafter, refinement: Refinement | None = None):
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        drafter: BlockDrafter,
+        refinement: Refinement | NeuralRefinement | None = None,
+    ):
         self.target, self.drafter, self.refinement = target, drafter.to(target.device), refinement
         self.states: Tensor | None = None  # [1, T, n H] of the tokens fed
         self.last: Tensor | None = None  # [1, T, H], what the target's head reads
@@ -158,14 +183,12 @@ class _Reader:
         given = (self.states[:, :n].to(torch.float32), self.last[:, :n].to(torch.float32))
         return self.drafter.hidden(self._embed, newest, *given, anchor, k)[0, 0]
 
-    def logits(self, hidden: Tensor, previous: Tensor, step: int) -> Tensor:
-        """Logits [V] of draft `step` from its state [H], after the token `previous`."""
-        normed = self.drafter.corrected(hidden, self._embed, previous)
+    def logits(self, hidden: Tensor, text: Sequence[int], step: int) -> Tensor:
+        """Logits [V] of draft `step` from its state [H], after `text`."""
+        normed = self.drafter.corrected(hidden, self._embed, torch.tensor(text[-1], device=hidden.device))
         head = self.drafter.head(self.target.get_output_embeddings(), step)
         logits = head(normed[None].to(self.target.dtype))[0].float()
-        if self.refinement is None:
-            return logits
-        return rescored(logits, previous, self.refinement.ngram, self.refinement.alpha)
+        return logits if self.refinement is None else self.refinement.rescored(logits, text)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.target.get_input_embeddings()(ids).float()

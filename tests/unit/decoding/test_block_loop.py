@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.decoding import block
-from vllm_steer.decoding.block import Refinement, generate
+from vllm_steer.decoding.block import NeuralRefinement, Refinement, generate
 from vllm_steer.decoding.rescoring import rescored
 from vllm_steer.drafters.block import checkpoint, ngram
 
@@ -26,12 +26,21 @@ def target() -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("which", ["blind", "bigram", "approximator", "medusa"])
-def test_greedy_output_is_the_targets(which: str, target: AutoModelForCausalLM, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def small() -> AutoModelForCausalLM:
+    """A language model of the target's tokens."""
+    return AutoModelForCausalLM.from_pretrained(TARGET.parent / "drafter", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("which", ["blind", "bigram", "language model", "approximator", "medusa"])
+def test_greedy_output_is_the_targets(
+    which: str, target: AutoModelForCausalLM, small: AutoModelForCausalLM, tmp_path: Path
+) -> None:
     directory = {"approximator": TREEFLASH, "medusa": tmp_path / "m"}.get(which, DFLASH)
     if which == "medusa":
         make_block(directory, TARGET, "medusa", k=3)
-    refinement = Refinement(ngram.load(DFLASH), 0.4) if which == "bigram" else None
+    own = {"bigram": Refinement(ngram.load(DFLASH), 0.4), "language model": NeuralRefinement(small, 0.5)}
+    refinement = own.get(which)
     found = generate(target, checkpoint.load(directory), PROMPT, refinement=refinement, max_new_tokens=40)
     alone = target.generate(
         torch.tensor([PROMPT]), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
@@ -46,9 +55,9 @@ def test_the_chain_is_realised(target: AutoModelForCausalLM, monkeypatch: pytest
     seen: list[tuple[int, int]] = []
     honest = block._Reader.logits
 
-    def watched(self: block._Reader, hidden: torch.Tensor, previous: torch.Tensor, step: int) -> torch.Tensor:
-        logits = honest(self, hidden, previous, step)
-        seen.append((int(previous), int(logits.argmax())))
+    def watched(self: block._Reader, hidden: torch.Tensor, text: list[int], step: int) -> torch.Tensor:
+        logits = honest(self, hidden, text, step)
+        seen.append((text[-1], int(logits.argmax())))
         return logits
 
     monkeypatch.setattr(block._Reader, "logits", watched)
@@ -68,14 +77,35 @@ def test_rescoring_by_hand() -> None:
     torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
 
 
-@pytest.mark.parametrize("kind", ["dflash", "treeflash"])
+def test_a_language_model_reads_the_whole_text(target: AutoModelForCausalLM, small: AutoModelForCausalLM) -> None:
+    """With nothing but its weight, drafts are what it would write; at weight 0 they are the block's."""
+    drafter = checkpoint.load(DFLASH)
+    alone = generate(target, drafter, PROMPT, max_new_tokens=16)
+    assert generate(target, drafter, PROMPT, refinement=NeuralRefinement(small, 0.0), max_new_tokens=16) == alone
+    found = generate(target, drafter, PROMPT, refinement=NeuralRefinement(small, 1e6), max_new_tokens=16)
+    for each in found.blocks:
+        text = [*PROMPT, *found.tokens][: each.position + 1]
+        wrote = small.generate(
+            torch.tensor([text]), do_sample=False, max_new_tokens=len(each.drafts), eos_token_id=None
+        )
+        assert list(each.drafts) == wrote[0, len(text) :].tolist()
+    with pytest.raises(SteeringError, match="rows is 2: .* not trees"):
+        generate(target, drafter, PROMPT, refinement=NeuralRefinement(small, 1.0), rows=2)
+
+
+@pytest.mark.parametrize("kind", ["dflash", "treeflash", "language model"])
 def test_sampled_tokens_have_the_targets_distribution(kind: str, tmp_path: Path) -> None:
     """Three tokens on a vocabulary of 4, against exact probabilities."""
     vocab, count = 4, 600
     path = make_pair(tmp_path / "pair", "qwen3", vocab_size=vocab, distance=0.2).target
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    drafter = checkpoint.load(make_block(tmp_path / kind, path, kind, k=2))
-    refinement = Refinement(ngram.load(make_ngram(tmp_path, vocab)), 0.5) if kind == "dflash" else None
+    drafter = checkpoint.load(make_block(tmp_path / kind, path, "treeflash" if kind == "treeflash" else "dflash", k=2))
+    small = AutoModelForCausalLM.from_pretrained(path.parent / "drafter", dtype=torch.float32).eval()
+    own = {
+        "dflash": Refinement(ngram.load(make_ngram(tmp_path, vocab)), 0.5),
+        "language model": NeuralRefinement(small, 0.5),
+    }
+    refinement = own.get(kind)
     prompt = random_prompt(5, seed=0, vocab_size=vocab)
     with torch.no_grad():
         logits = lambda ids: model(torch.tensor([ids])).logits[0, -1].double()  # noqa: E731
