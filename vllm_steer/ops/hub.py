@@ -212,8 +212,8 @@ def _measured(bench: Path, directory: Path) -> str:
         ) from None
     if not mine:
         raise SteeringError(
-            f"{bench} measured other {'' if of_blocks else 'steering '}weights than those of {directory}: a card claims "
-            "only what was measured; run vllm-steer bench with this checkpoint"
+            f"{bench} measured other {'' if of_blocks else 'steering '}weights than those of {directory}: a card "
+            "claims only what was measured; run vllm-steer bench with this checkpoint"
         )
     if of_blocks:
         _require_refined(mine, bench)
