@@ -34,10 +34,12 @@ def measure(pair: Pair, batches: Iterable[dict[str, Tensor]], k: int) -> dict[st
 
     Raises SteeringError when no row is long enough for one block.
     """
-    return predicted((_chances(pair, batch, k) for batch in batches), k)
+    return predicted((chances(pair, batch, k) for batch in batches), k)
 
 
-def _chances(pair: Pair, batch: dict[str, Tensor], k: int) -> Chances:
+@torch.no_grad()
+def chances(pair: Pair, batch: dict[str, Tensor], k: int) -> Chances:
+    """Of the drafts of one batch, for `predicted`."""
     device = next(pair.parameters()).device
     batch = {name: x.to(device) for name, x in batch.items()}
     mask = response_mask(batch).cpu()
@@ -45,10 +47,10 @@ def _chances(pair: Pair, batch: dict[str, Tensor], k: int) -> Chances:
     for d in range(1, k + 1 if pair.steering is not None else 2):
         source = fixed_sources(batch["prompt_lengths"], batch["attention_mask"].shape[1], d)
         found.append(pair.compare([overlap, agreement], batch, source).double().cpu())
-    chances = torch.stack((found * k)[:k])  # without steering the same at every offset
+    both = torch.stack((found * k)[:k])  # without steering the same at every offset
     placed = torch.zeros(k, 2, *mask.shape, dtype=torch.float64)
-    placed[:, :, mask] = chances
-    return Chances(chances.sum(-1).T, int(mask.sum()), placed, batch)
+    placed[:, :, mask] = both
+    return Chances(both.sum(-1).T, int(mask.sum()), placed, batch)
 
 
 class Chances(NamedTuple):
