@@ -18,6 +18,11 @@ from vllm_steer.serving.telemetry.block_counter import Blocks
 PAIR = ROOT / "examples" / "tiny_pair"
 K, BLOCK, LONGEST = 4, 32, 128
 RUNNERS = pytest.mark.parametrize("runner", ["v1", "v2"])
+UNSTEERED = {  # method, our options, rows of the tree
+    "tree": (None, {"tree": [3, 1, 1, 1]}, 3),
+    "treeflash": ("dflash", {}, 0),
+    "treeflash rows": ("dflash", {"tree_rows": 3}, 3),
+}
 CALLS = ("ordinary", "cold", "full hits", "preempted", "to the end", "off")
 
 
@@ -110,6 +115,25 @@ def test_blocks_of_trees_are_counted_by_row(runner: str) -> None:
     blocks, accepted = truth(call)
     assert (total(call["steered"]), call["accepted"], sum(call["rows"])) == (blocks, accepted, blocks)
     assert call["rows"][0] > call["rows"][1] > 0 and len(call["rows"]) == 3
+
+
+@RUNNERS
+@pytest.mark.parametrize("kind", UNSTEERED)
+def test_blocks_of_unsteered_drafters_are_counted(runner: str, kind: str) -> None:
+    """Of draft trees of a plain drafter, and of a block drafter's chains and rows, by depth and by row."""
+    method, own, rows = UNSTEERED[kind]
+    engine = Runner(runner, counted.__file__)
+    drafter = PAIR / ("drafter" if method is None else "treeflash")
+    spec = {"model": str(drafter), "num_speculative_tokens": K} | ({"method": method} if method else {})
+    keys = {"max_model_len": 512, "max_num_batched_tokens": 256, "additional_config": {"vllm_steer": own}}
+    out = engine.run(PAIR / "target", spec, calls()[:1], block_size=BLOCK, **keys)
+    engine.close()
+    assert out["error"] is None, f"{out['error']}\n{out['log'][-4000:]}"
+    call = out["calls"][0]
+    blocks, accepted = truth(call)
+    assert (total(call["unsteered"]), call["accepted"], total(call["steered"])) == (blocks, accepted, 0)
+    assert len(call["accepted_at"]) == K and sum(call["accepted_at"]) == accepted > 0
+    assert (len(call["rows"]), sum(call["rows"])) == (rows, blocks if rows else 0)
 
 
 def test_v1_skips_drafting_at_the_end_of_the_context(counters: Any) -> None:

@@ -41,18 +41,20 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
     with engine_process.opened(job, per_request_spec_decode_metrics="detailed") as llm:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner
-        injection = (getattr(runner, "drafter", None) or runner.speculator).injection
+        drafter = getattr(runner, "drafter", None) or runner.speculator
+        injection, blocks = getattr(drafter, "injection", None), drafter.blocks
         verified: list[dict[str, Any]] = []
         watch_scheduler(core.scheduler, verified)
         results = []
         for call in job["calls"]:
-            injection.scale = call["scale"]
+            if injection is not None:
+                injection.scale = call["scale"]
             verified.clear()
-            before, preempted = injection.blocks.read(), probe.preemptions(llm)
+            before, preempted = blocks.read(), probe.preemptions(llm)
             answers, _ = probe.drive(
                 llm, call["prompts"], batch=call["batch"], temperature=0, max_tokens=call["max_tokens"], seed=0
             )
-            after = injection.blocks.read()
+            after = blocks.read()
             results.append(
                 {
                     "verified": list(verified),

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_steer.drafters.block.config import METHODS, kind_of
 from vllm_steer.serving.kill_switch import disabled
-from vllm_steer.serving.plan import Written
+from vllm_steer.serving.plan import Written, tree_of
 
 BLOCK = "vllm_steer_block"
 
@@ -41,3 +41,10 @@ def block_plan(vllm_config: Any) -> BlockPlan | None:
     """The plan of an engine, as `prepare` wrote it; None: vLLM drafts as it always does."""
     found = getattr(config_of(vllm_config), BLOCK, None)
     return BlockPlan(**found) if isinstance(found, Written) and found and not disabled() else None
+
+
+def counts_unsteered(vllm_config: Any) -> bool:
+    """Whether an engine that is not steered counts its blocks: it drafts trees, or the blocks of a repaired DFlash."""
+    plan = block_plan(vllm_config)
+    repaired = plan is not None and plan.repairs and plan.kind != "medusa"
+    return repaired or tree_of(vllm_config) is not None

@@ -135,17 +135,25 @@ ACCEPTANCE = {"trained": {"agreement": [0.5] * K, "overlap": [0.25] * K}}
 
 
 def gauges(
-    name: str, engine_index: int = 0, steered: bool = True, additional_config: Any = None, **parallel: Any
+    name: str,
+    engine_index: int = 0,
+    steered: bool = True,
+    additional_config: Any = None,
+    tree: bool = False,
+    **parallel: Any,
 ) -> Any:
     """The stat logger of a server whose model is called `name`."""
-    from vllm_steer.serving.plan import PLAN, Written
+    from vllm_steer.serving.plan import PLAN, TREE, Written
     from vllm_steer.serving.telemetry.metrics import Gauges
 
     plan = Written(source="x", revision=None, scale=1.0, steered_layers=(0,), projection_size=1, max_num_seqs=8,
                    max_rows=64, draft_length=K)  # fmt: skip
-    draft = types.SimpleNamespace(hf_config=types.SimpleNamespace(**{PLAN: plan}), model="x")
+    written = {PLAN: plan if steered else Written(), TREE: Written(widths=[2, 1]) if tree else Written()}
+    draft = types.SimpleNamespace(hf_config=types.SimpleNamespace(**written), model="x")
     config = types.SimpleNamespace(
-        speculative_config=types.SimpleNamespace(draft_model_config=draft, method="draft_model") if steered else None,
+        speculative_config=types.SimpleNamespace(draft_model_config=draft, method="draft_model")
+        if steered or tree
+        else None,
         model_config=types.SimpleNamespace(served_model_name=name),
         parallel_config=types.SimpleNamespace(**parallel),
         additional_config=additional_config,
@@ -421,6 +429,24 @@ def test_a_lost_directory_ends_the_file_and_not_the_watch(
         worker.look()
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "no draft was accepted" in said[0] and "is not a private directory" in said[1]
+
+
+def test_an_unsteered_tree_is_counted_and_not_judged(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Counters alone: nothing says that it steers, or does not."""
+    engine.blocks, engine.adapter, engine.scale = Blocks(8, K, torch.device("cpu"), 2), None, 0.0
+    engine.config = types.SimpleNamespace(acceptance={})
+    worker, server = reporter.Reporter(engine, 0), gauges("rows", steered=False, tree=True)
+    round_of(engine.blocks, "a", None, [0], [4], on=False)
+    for start in range(5, 505):  # more than the watchdog wants
+        round_of(engine.blocks, "a", [K], [start], [0], on=False)
+    engine.blocks.rows += torch.tensor([3.0, 1.0])
+    worker.look()
+    server.log()
+    assert exposed("rows") == {
+        "blocks_total": 500, "accepted_tokens_total": 0, "blocks_per_row_total_0": 3, "blocks_per_row_total_1": 1,
+        **{f"accepted_tokens_per_pos_total_{i}": 0 for i in range(K)},
+    }  # fmt: skip
+    assert not caplog.records
 
 
 def test_an_unsteered_engine_has_nothing(engine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,18 +12,18 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm_steer.decoding.block_tree import branches
 from vllm_steer.serving.block_plan import block_plan
 from vllm_steer.serving.plan import tree_of
+from vllm_steer.serving.spec_decode.counting_v1 import CountsBlocks
 from vllm_steer.serving.spec_decode.repair import Repair
 from vllm_steer.serving.spec_decode.tree_v1 import TreeRounds
 from vllm_steer.serving.trees.drafting import weighed
 from vllm_steer.serving.trees.layout import flat
 
 
-class BlockProposer(DFlashProposer):
+class BlockProposer(CountsBlocks, DFlashProposer):
     """Stands in for DFlashProposer by name; without a plan nothing of it is changed."""
 
     repair: Repair | None = None
     tree: BlockRounds | None = None
-    injection = None  # a block drafter is not steered
     _newest: Tensor | None = None  # [>= B], the newest token of each request
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
@@ -32,17 +32,35 @@ class BlockProposer(DFlashProposer):
         self.repair = Repair(plan, device) if plan is not None and plan.repairs else None
         if (shape := tree_of(vllm_config)) is not None:
             self.tree = BlockRounds(self, runner, shape)
+        self.runner = runner
+        self.count_unsteered()
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
         """As vLLM's: drafts [requests, k], or [requests, N] of a tree."""
-        if self.tree is not None:
-            return self.tree.propose(super().propose, *args, **kwargs)
-        return super().propose(*args, **kwargs)
+        try:
+            if self.tree is not None:
+                return self.tree.propose(super().propose, *args, **kwargs)
+            return super().propose(*args, **kwargs)
+        finally:
+            self.verified = None
 
-    def set_inputs_first_pass(self, target_token_ids: Tensor, next_token_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def set_inputs_first_pass(
+        self,
+        target_token_ids: Tensor,
+        next_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        token_indices_to_sample: Tensor | None,
+        cad: Any,
+        num_rejected_tokens_gpu: Tensor | None,
+    ) -> Any:
         """As vLLM's, noting the newest tokens."""
         self._newest = next_token_ids
-        return super().set_inputs_first_pass(target_token_ids, next_token_ids, *args, **kwargs)
+        self.count_verified(cad, num_rejected_tokens_gpu)
+        return super().set_inputs_first_pass(
+            target_token_ids, next_token_ids, target_positions, target_hidden_states, token_indices_to_sample, cad,
+            num_rejected_tokens_gpu,
+        )  # fmt: skip
 
     def _sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
         if self.repair is None:
@@ -74,6 +92,8 @@ class BlockRounds(TreeRounds):
         """Drafts [B, N]; `chain_of_one` is vLLM's `propose`, which makes the pass."""
         if self.rows is not None:
             given |= self._shown(self.rows, given)
+            self._proposer.verified = self.rows.shown_drafts
+            self.count_winners()
         proposer, k, sampling = self._proposer, self.shape.depth, given["sampling_metadata"]
         chain_of_one(**given | {"num_speculative_tokens": k})
         proposer.num_speculative_tokens = self.shape.drafts

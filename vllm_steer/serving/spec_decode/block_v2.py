@@ -12,12 +12,13 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm_steer.decoding.block_tree import Logits, branches
 from vllm_steer.serving.block_plan import block_plan
 from vllm_steer.serving.plan import tree_of
+from vllm_steer.serving.spec_decode.counting_v2 import CountsBlocks
 from vllm_steer.serving.spec_decode.repair import Repair
 from vllm_steer.serving.spec_decode.tree_v2 import OverRows, TreeRounds
 from vllm_steer.serving.trees.drafting import weighed
 
 
-class BlockSpeculator(DFlashSpeculator):
+class BlockSpeculator(CountsBlocks, DFlashSpeculator):
     """Built only where a plan repairs the drafts. What it adds to a round is in vLLM's full graph of it."""
 
     _speculator_name = "repaired DFlash"
@@ -76,7 +77,7 @@ class BlockRounds(TreeRounds):
         return branches(logits, newest, self.shape.depth, self.shape.leaves, rank)
 
 
-class BlockTreeSpeculator(OverRows, BlockSpeculator):
+class BlockTreeSpeculator(OverRows, BlockSpeculator):  # type: ignore[misc]  # the others are passed on
     """Drafts trees."""
 
     tree: BlockRounds

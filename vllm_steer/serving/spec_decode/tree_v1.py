@@ -99,9 +99,8 @@ class TreeRounds(Paged):
         """Drafts [B, N]; `chain_of_one` is vLLM's `propose`, of which only the first pass is used."""
         if self.rows is not None:
             given |= self._shown(self.rows, given)
-            self._proposer._verified = self.rows.shown_drafts
-            if (injection := self._proposer.injection) is not None and injection.blocks is not None:
-                self.rows.count_winners(injection.blocks.rows)
+            self._proposer.verified = self.rows.shown_drafts
+            self.count_winners()
         chain_of_one(**given | {"num_speculative_tokens": 1})
         self._proposer.num_speculative_tokens = self.shape.drafts
         metadata = given["common_attn_metadata"]
@@ -123,6 +122,11 @@ class TreeRounds(Paged):
             growth.grow(self._proposer.model.compute_logits(growth.nodes(hidden)))
         self.rows = self._hidden = self._newest = None
         return flat(given["next_token_ids"], growth.paths)
+
+    def count_winners(self) -> None:
+        """Count the rows that won, where this rank counts."""
+        if (blocks := self._proposer.blocks) is not None and self.rows is not None:
+            self.rows.count_winners(blocks.rows)
 
     def after_first_pass(self, hidden: Tensor) -> Tensor:
         """Keep its hidden states [B, H]; returns a draft for vLLM that nobody reads."""

@@ -161,6 +161,7 @@ class OverRows:
     """Put before a speculator class that makes `_paths`: its rounds go on from the winners, and its drafts are rows."""
 
     tree: TreeRounds
+    blocks: Any  # where blocks are counted, None in ranks that do not count
     _dummy = True  # a dummy run, which has no pages
     _paths: Tensor | None = None  # [B, L, k], of this round
     _requests: Sequence[str] = ()
@@ -182,9 +183,9 @@ class OverRows:
         """As vLLM's: drafts [B, N]."""
         self._dummy, self._requests = dummy_run, input_batch.req_ids
         if not dummy_run:
-            injection, rows = getattr(self, "injection", None), getattr(input_batch, "tree", None)
-            if injection is not None and injection.blocks is not None and rows is not None:
-                rows.count_winners(injection.blocks.rows)
+            rows = getattr(input_batch, "tree", None)
+            if self.blocks is not None and rows is not None:
+                rows.count_winners(self.blocks.rows)
             input_batch, aux_hidden_states, num_rejected = self.tree.shown(input_batch, aux_hidden_states, num_rejected)
         rest = (last_hidden_states, aux_hidden_states, num_sampled, num_rejected, last_sampled, *args)
         drafts = super().propose(  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,15 @@ from vllm_steer.serving.injection import Injection
 from vllm_steer.serving.plan import Plan, filters_drafts, tree_of
 from vllm_steer.serving.sampling.draft_filters import cut, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
+from vllm_steer.serving.spec_decode.counting_v1 import CountsBlocks
 from vllm_steer.serving.spec_decode.tree_v1 import TreeRounds
 
 
-class SteeredDraftModelProposer(DraftModelProposer):
+class SteeredDraftModelProposer(CountsBlocks, DraftModelProposer):
     """Stands in for DraftModelProposer by name; an unsteered drafter's sampled drafts follow the request's filters, and
     nothing else of it is changed."""
 
     injection: Injection | None = None
-    _verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
         super().__init__(vllm_config=vllm_config, device=device, runner=runner)
@@ -34,17 +33,14 @@ class SteeredDraftModelProposer(DraftModelProposer):
         self.tree = None if shape is None else TreeRounds(self, runner, shape, self._filters_drafts)
         if self.plan is not None:
             runner.use_aux_hidden_state_outputs = True
+        else:
+            self.count_unsteered()
 
     def _get_model(self) -> nn.Module:
         model = super()._get_model()
         if self.plan is not None:
             self.injection = attach(self.vllm_config, self.plan, model, self.device)
         return model
-
-    def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
-        """As vLLM's, noting how many drafts of each request were verified."""
-        self._verified = spec_decode_metadata.num_draft_tokens
-        return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
         """As vLLM's: drafts [requests, k], or [requests, N] of a tree. What steered this round is dropped afterwards,
@@ -54,7 +50,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
                 return self.tree.propose(super().propose, *args, **kwargs)
             return super().propose(*args, **kwargs)
         finally:
-            self._verified = None
+            self.verified = None
             if self.injection is not None:
                 self.injection.off()
 
@@ -71,6 +67,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
         """As vLLM's, after the guides of this round are taken from target_hidden_states [tokens, states x H]."""
         if self.injection is not None:
             self._steer_first_pass(target_hidden_states, cad, num_rejected_tokens_gpu)
+        self.count_verified(cad, num_rejected_tokens_gpu)
         found = super().set_inputs_first_pass(
             target_token_ids,
             next_token_ids,
@@ -100,7 +97,7 @@ class SteeredDraftModelProposer(DraftModelProposer):
             cad.seq_lens,
             batch.req_ids[:n],
             batch.num_prompt_tokens[:n],
-            self._verified,
+            self.verified,
         )
 
     def _sample_from_logits(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:

@@ -13,8 +13,10 @@ from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.serving.plan import Options, Plan, draft_model, filters_drafts, tree_of
 from vllm_steer.serving.sampling.draft_filters import Filters, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
+from vllm_steer.serving.spec_decode.counting_v2 import CountsBlocks, verified_drafts
 from vllm_steer.serving.spec_decode.draft_graphs import GraphedSpeculator
 from vllm_steer.serving.spec_decode.tree_v2 import Treed
+from vllm_steer.serving.telemetry.block_counter import Blocks
 
 
 class DraftModelSpeculator(GraphedSpeculator):
@@ -62,6 +64,11 @@ class SteeredSpeculator(DraftModelSpeculator):
         self.injection = attach(self.vllm_config, plan, model, self.device)
         return model
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """Where blocks are counted."""
+        return self.injection.blocks
+
     def propose(  # type: ignore[override]  # the others are passed on
         self,
         input_batch: Any,
@@ -102,8 +109,7 @@ class SteeredSpeculator(DraftModelSpeculator):
             batch.seq_lens,
             batch.req_ids,
             batch.prefill_len_np[:n],
-            # With a grammar and asynchronous scheduling vLLM verifies fewer drafts than it says: those do not count.
-            None if batch.has_structured_output_reqs else batch.num_draft_tokens_per_req,
+            verified_drafts(batch),
         )
 
     def _multi_step_decode(self, input_batch: Any, num_rejected: Tensor, num_reqs: int, skip_attn: bool, *args: Any):
@@ -117,7 +123,7 @@ class SteeredTreeSpeculator(Treed, SteeredSpeculator):  # type: ignore[misc]  # 
     """Draft trees of a steered drafter."""
 
 
-class TreeSpeculator(Treed, DraftModelSpeculator):  # type: ignore[misc]  # the others are passed on
+class TreeSpeculator(Treed, CountsBlocks, DraftModelSpeculator):  # type: ignore[misc]  # the others are passed on
     """Draft trees of a plain draft model."""
 
 

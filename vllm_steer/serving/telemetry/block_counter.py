@@ -125,7 +125,7 @@ def count(
     """
     accepted = length - 1 - rejected
     ours = (previous >= 0) & (accepted >= 0) & (accepted <= drafts) & (drafts > 0)
-    ours &= verified.before[previous.clamp(min=0)] == seq_lens - length
-    cells = verified.offset + drafts * verified.side + accepted
-    verified.counts.index_add_(0, cells[ours].long(), verified.counts.new_ones(int(ours.sum())))
+    ours &= verified.before[previous.clamp(min=0).long()] == seq_lens - length
+    cells = torch.where(ours, verified.offset + drafts * verified.side + accepted, 0)
+    verified.counts.index_add_(0, cells.long(), ours.double())  # a mask as an index would wait for the device
     verified.after[: len(length)] = seq_lens - rejected

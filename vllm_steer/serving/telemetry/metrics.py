@@ -1,4 +1,4 @@
-"""A steered engine's counts at /metrics, beside vLLM's: what its worker wrote (reporter.py), published.
+"""What an engine of ours counted, at /metrics beside vLLM's: what its worker wrote (reporter.py), published.
 
 vLLM makes a stat logger for every engine in each API server process, and calls it after every step. Several API servers
 share their engines: the first one reports, so that nothing is counted twice.
@@ -17,6 +17,7 @@ from typing import Any
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_steer.common.errors import SteeringError
+from vllm_steer.serving.block_plan import counts_unsteered
 from vllm_steer.serving.plan import Plan, lenience_of
 from vllm_steer.serving.telemetry import reporter
 
@@ -25,10 +26,10 @@ logger = logging.getLogger("vllm.steer")
 REFRESH = 1.0  # seconds between two looks at the file, at least
 COUNTERS = {  # name in the worker's report: name of the metric without _total, help
     "blocks": ("vllm_steer:blocks", "Blocks verified that this drafter drafted; placeholders of vLLM's are none."),
-    "steered_blocks": ("vllm_steer:steered_blocks", "Of those, blocks drafted with steering on."),
     "accepted": ("vllm_steer:accepted_tokens", "Draft tokens accepted in those blocks."),
 }
-GAUGES = {
+STEERED = {"steered_blocks": ("vllm_steer:steered_blocks", "Of those, blocks drafted with steering on.")}
+GAUGES = {  # of steered engines too
     "steering_on": ("vllm_steer:steering_on", "1 while drafts are steered, 0 at scale 0."),
     "guide_norm": ("vllm_steer:guide_norm", "Mean norm of the guides made in the last seconds."),
 }
@@ -36,18 +37,26 @@ LABELS = ["model_name", "engine"]
 
 
 @functools.cache
+def counters() -> dict[str, Any]:
+    """The Prometheus counters of this process, by name in the worker's report; made when the first engine counts."""
+    from prometheus_client import Counter
+
+    made: dict[str, Any] = {key: Counter(*about, LABELS) for key, about in COUNTERS.items()}
+    about = "vllm_steer:accepted_tokens_per_pos", "Accepted draft tokens by their position in the block."
+    made["accepted_at"] = Counter(*about, [*LABELS, "position"])
+    about = "vllm_steer:blocks_per_row", "Blocks of draft trees by the row that the target agreed with longest."
+    return made | {"rows": Counter(*about, [*LABELS, "row"])}
+
+
+@functools.cache
 def metrics() -> dict[str, Any]:
-    """The Prometheus metrics of this process, by name in the worker's report; made when the first engine is steered."""
+    """The counters, and what steered engines have besides; made when the first engine is steered."""
     from prometheus_client import Counter, Gauge
 
     # Only one process reports (see above): where several are merged, its values are the newest.
     gauge = functools.partial(Gauge, multiprocess_mode="mostrecent")
-    made: dict[str, Any] = {key: Counter(*about, LABELS) for key, about in COUNTERS.items()}
+    made = counters() | {key: Counter(*about, LABELS) for key, about in STEERED.items()}
     made |= {key: gauge(*about, LABELS) for key, about in GAUGES.items()}
-    about = "vllm_steer:accepted_tokens_per_pos", "Accepted draft tokens by their position in the block."
-    made["accepted_at"] = Counter(*about, [*LABELS, "position"])
-    about = "vllm_steer:blocks_per_row", "Blocks of draft trees by the row that the target agreed with longest."
-    made["rows"] = Counter(*about, [*LABELS, "row"])
     about = "vllm_steer:adapter", "1 for the steering in use, by its name; 0 for those before it."
     made["adapter"] = gauge(*about, [*LABELS, "adapter"])
     about = "vllm_steer:recorded_accepted_tokens", "Accepted tokens per block predicted when the steering was trained."
@@ -64,7 +73,7 @@ def epsilon() -> Any:
 
 
 class Gauges(StatLoggerBase):
-    """Entry point of group `vllm.stat_logger_plugins`; does nothing for an engine that is not steered.
+    """Entry point of group `vllm.stat_logger_plugins`; does nothing for an engine that counts nothing.
 
     An exception here ends the server. That is right for a steered drafter which nobody has looked at, because this vLLM
     calls none of our seams or the plugin could not start: SteeringError. Anything else that goes wrong is logged once,
@@ -82,16 +91,17 @@ class Gauges(StatLoggerBase):
             parallel = vllm_config.parallel_config
             several = getattr(parallel, "_api_process_count", 1) > 1
             steered, lenience = Plan.of(vllm_config) is not None, lenience_of(vllm_config)
-            if not (steered or lenience) or (several and parallel._api_process_rank != 0):
+            counting = steered or counts_unsteered(vllm_config)
+            if not (counting or lenience) or (several and parallel._api_process_rank != 0):
                 return
             self._labels = [vllm_config.model_config.served_model_name, str(engine_index)]
             if lenience is not None:
                 epsilon().labels(*self._labels, lenience.form).set(lenience.epsilon)
-            if not steered:
+            if not counting:
                 return
             self._engine = engine_index
             self._top = os.getppid() if several else os.getpid()
-            metrics()
+            self._metrics = metrics() if steered else counters()
             self._on = True
         except SteeringError:
             raise
@@ -132,23 +142,25 @@ class Gauges(StatLoggerBase):
             self._lost = True
             if self._file is None:
                 logger.warning(
-                    "engine %d is steered, but its worker leaves no counts on this machine: there are no vllm_steer "
-                    "metrics for it at /metrics (a worker of Ray's or on another machine, or one that cannot write to "
-                    "the same directory for temporary files)",
+                    "engine %d counts its blocks, but its worker leaves no counts on this machine: there are no "
+                    "vllm_steer metrics for it at /metrics (a worker of Ray's or on another machine, or one that "
+                    "cannot write to the same directory for temporary files)",
                     self._engine,
                 )
                 return
-            for key in GAUGES:  # counters stay; these would tell what is no longer known
-                metrics()[key].labels(*self._labels).set(float("nan"))
+            for key in self._metrics.keys() & GAUGES:  # counters stay; these would tell what is no longer known
+                self._metrics[key].labels(*self._labels).set(float("nan"))
             logger.warning("the worker of engine %d reports no counts any more: vllm_steer metrics stop", self._engine)
 
     def _publish(self, report: dict[str, Any]) -> None:
-        made = metrics()
-        for key in COUNTERS:
+        made = self._metrics
+        for key in made.keys() & (COUNTERS | STEERED):
             self._count(key, "", report[key])
         for key in ("accepted_at", "rows"):
             for place, value in enumerate(report[key]):
                 self._count(key, str(place), value)
+        if "adapter" not in made:  # not steered
+            return
         for key in GAUGES:
             made[key].labels(*self._labels).set(float(report[key]))
         if self._adapter not in (None, report["adapter"]):
@@ -161,7 +173,7 @@ class Gauges(StatLoggerBase):
     def _count(self, key: str, place: str, value: float) -> None:
         """Raise a counter, of one position or row if it has them, by what the worker counted since the last look."""
         labels = [*self._labels, place] if place else self._labels
-        metrics()[key].labels(*labels).inc(value - self._last.get((key, place), 0.0))
+        self._metrics[key].labels(*labels).inc(value - self._last.get((key, place), 0.0))
         self._last[key, place] = value
 
 

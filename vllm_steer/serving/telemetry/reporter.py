@@ -62,7 +62,8 @@ class Reporter(threading.Thread):
     """Looks at an engine's counts every INTERVAL seconds, until the engine has gone."""
 
     def __init__(self, injection: Any, engine: int):
-        """`injection` has `blocks`, `scale`, `config` and `adapter`; `engine` is the data-parallel rank."""
+        """`injection` has `blocks`, `scale`, `config` and `adapter`, None where nothing is steered; `engine` is the
+        data-parallel rank."""
         super().__init__(name="vllm-steer reporter", daemon=True)
         gone = self._gone = threading.Event()
         self._injection = weakref.ref(injection, lambda _: gone.set())
@@ -107,7 +108,9 @@ class Reporter(threading.Thread):
             )
         if self._file is None:
             return
-        report = self._who | self._report(counts, injection.scale) | {"adapter": injection.adapter}
+        report = self._who | self._report(counts)
+        if injection.adapter is not None:
+            report |= self._of_steering(counts, injection.scale) | {"adapter": injection.adapter}
         try:
             directory()  # a cleaner of temporary files may have removed it
             draft = self._file.with_suffix(".new")
@@ -126,21 +129,21 @@ class Reporter(threading.Thread):
         self._recorded = recorded(injection.config.acceptance, injection.blocks.draft_length)
         self._watchdog = Watchdog(list(self._recorded.values()), seen)
 
-    def _report(self, counts: Counts, scale: float) -> dict[str, Any]:
+    def _report(self, counts: Counts) -> dict[str, Any]:
+        return {
+            "blocks": float(counts.steered.sum() + counts.unsteered.sum()),
+            "accepted": counts.accepted,
+            "accepted_at": counts.accepted_at,
+            "rows": list(counts.rows),
+            "recorded": {name: values[-1] for name, values in self._recorded.items()},
+        }
+
+    def _of_steering(self, counts: Counts, scale: float) -> dict[str, Any]:
         if counts.guides > self._guides:
             self._norm = (counts.guide_norms - self._norms) / (counts.guides - self._guides)
             self._guides, self._norms = counts.guides, counts.guide_norms
         steered = float(counts.steered.sum())
-        return {
-            "steering_on": scale != 0,
-            "blocks": steered + float(counts.unsteered.sum()),
-            "steered_blocks": steered,
-            "accepted": counts.accepted,
-            "accepted_at": counts.accepted_at,
-            "rows": list(counts.rows),
-            "guide_norm": self._norm,
-            "recorded": {name: values[-1] for name, values in self._recorded.items()},
-        }
+        return {"steering_on": scale != 0, "steered_blocks": steered, "guide_norm": self._norm}
 
     def _warn(self, error: Exception) -> None:
         """The watchdog goes on, without a file."""

@@ -1,0 +1,44 @@
+"""V1 model runner: which drafts vLLM has just verified, and the count of them where the drafter is not steered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vllm_steer.serving.block_plan import counts_unsteered
+from vllm_steer.serving.telemetry.block_counter import Blocks
+from vllm_steer.serving.telemetry.unsteered import Unsteered
+
+
+class CountsBlocks:
+    """Put before a proposer class of vLLM's."""
+
+    injection: Any = None
+    verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
+    _unsteered: Unsteered | None = None
+
+    def count_unsteered(self: Any) -> None:
+        """At the end of __init__, where nothing is steered."""
+        if counts_unsteered(self.vllm_config):
+            depth = self.num_speculative_tokens if self.tree is None else self.tree.shape.depth
+            self._unsteered = Unsteered.of_first_rank(self.vllm_config, self.device, depth)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Where blocks are counted, steered or not."""
+        counting = self.injection or self._unsteered
+        return None if counting is None else counting.blocks
+
+    def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
+        """As vLLM's, noting how many drafts of each request were verified."""
+        self.verified = spec_decode_metadata.num_draft_tokens
+        return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)  # type: ignore[misc]  # vLLM's
+
+    def count_verified(self: Any, metadata: Any, rejected: Tensor | None) -> None:
+        """Before the first pass of a round; `metadata` is of the target's pass, [B] requests."""
+        if self._unsteered is not None:
+            n = metadata.batch_size()
+            ids = self.runner.input_batch.req_ids[:n]
+            self._unsteered.count(metadata.query_start_loc[: n + 1], rejected, metadata.seq_lens, ids, self.verified)
