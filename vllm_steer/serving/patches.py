@@ -309,7 +309,9 @@ SEAMS = (
         block_seams.repaired_dflash,
         "the V1 runner builds its proposer, and checks isinstance, by this name",
         "vLLM asks plugins for the proposer of a block drafter",
-        needs=_methods(DFLASH, "set_inputs_first_pass", "_sample_draft_tokens", "_sample_from_logits"),
+        needs=_methods(
+            DFLASH, *("prepare_inputs_padded", "set_inputs_first_pass", "_sample_draft_tokens", "_sample_from_logits")
+        ),
         runner="v1",
     ),
     *MEDUSA,

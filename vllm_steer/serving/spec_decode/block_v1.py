@@ -44,23 +44,10 @@ class BlockProposer(CountsBlocks, DFlashProposer):
         finally:
             self.verified = None
 
-    def set_inputs_first_pass(
-        self,
-        target_token_ids: Tensor,
-        next_token_ids: Tensor,
-        target_positions: Tensor,
-        target_hidden_states: Tensor,
-        token_indices_to_sample: Tensor | None,
-        cad: Any,
-        num_rejected_tokens_gpu: Tensor | None,
-    ) -> Any:
+    def set_inputs_first_pass(self, **given: Any) -> Any:  # type: ignore[override]  # vLLM gives all by name
         """As vLLM's, noting the newest tokens."""
-        self._newest = next_token_ids
-        self.count_verified(cad, num_rejected_tokens_gpu)
-        return super().set_inputs_first_pass(
-            target_token_ids, next_token_ids, target_positions, target_hidden_states, token_indices_to_sample, cad,
-            num_rejected_tokens_gpu,
-        )  # fmt: skip
+        self._newest = given["next_token_ids"]
+        return super().set_inputs_first_pass(**given)
 
     def _sample_draft_tokens(self, hidden_states: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
         if self.repair is None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from vllm_steer.serving.block_plan import counts_unsteered
 from vllm_steer.serving.telemetry.block_counter import Blocks
 from vllm_steer.serving.telemetry.unsteered import Unsteered
@@ -17,6 +15,7 @@ class CountsBlocks:
 
     injection: Any = None
     verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
+    runner: Any
     _unsteered: Unsteered | None = None
 
     def count_unsteered(self: Any) -> None:
@@ -36,9 +35,11 @@ class CountsBlocks:
         self.verified = spec_decode_metadata.num_draft_tokens
         return super().prepare_inputs_padded(metadata, spec_decode_metadata, *args)  # type: ignore[misc]  # vLLM's
 
-    def count_verified(self: Any, metadata: Any, rejected: Tensor | None) -> None:
-        """Before the first pass of a round; `metadata` is of the target's pass, [B] requests."""
+    def set_inputs_first_pass(self, **given: Any) -> Any:
+        """As vLLM's, which gives all by name, once the blocks are counted that the target has verified."""
         if self._unsteered is not None:
-            n = metadata.batch_size()
+            cad, rejected = given["cad"], given["num_rejected_tokens_gpu"]
+            n = cad.batch_size()
             ids = self.runner.input_batch.req_ids[:n]
-            self._unsteered.count(metadata.query_start_loc[: n + 1], rejected, metadata.seq_lens, ids, self.verified)
+            self._unsteered.count(cad.query_start_loc[: n + 1], rejected, cad.seq_lens, ids, self.verified)
+        return super().set_inputs_first_pass(**given)  # type: ignore[misc]  # vLLM's

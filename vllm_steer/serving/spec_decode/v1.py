@@ -54,29 +54,11 @@ class SteeredDraftModelProposer(CountsBlocks, DraftModelProposer):
             if self.injection is not None:
                 self.injection.off()
 
-    def set_inputs_first_pass(
-        self,
-        target_token_ids: Tensor,
-        next_token_ids: Tensor,
-        target_positions: Tensor,
-        target_hidden_states: Tensor,
-        token_indices_to_sample: Tensor | None,
-        cad: Any,
-        num_rejected_tokens_gpu: Tensor | None,
-    ) -> tuple[int, Tensor, Any]:
+    def set_inputs_first_pass(self, **given: Any) -> Any:  # type: ignore[override]  # vLLM gives all by name
         """As vLLM's, after the guides of this round are taken from target_hidden_states [tokens, states x H]."""
         if self.injection is not None:
-            self._steer_first_pass(target_hidden_states, cad, num_rejected_tokens_gpu)
-        self.count_verified(cad, num_rejected_tokens_gpu)
-        found = super().set_inputs_first_pass(
-            target_token_ids,
-            next_token_ids,
-            target_positions,
-            target_hidden_states,
-            token_indices_to_sample,
-            cad,
-            num_rejected_tokens_gpu,
-        )
+            self._steer_first_pass(given["target_hidden_states"], given["cad"], given["num_rejected_tokens_gpu"])
+        found = super().set_inputs_first_pass(**given)
         if self.tree is not None:
             self.tree.before_first_pass(found[1])
         return found
