@@ -182,11 +182,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace) -> None:
     from vllm_steer.drafters.block.config import is_block_drafter
     from vllm_steer.drafters.steered import checkpoint
+    from vllm_steer.ops import block
 
-    directory = checkpoint.resolve(args.directory)
+    directory = block.resolve(args.directory)
     if is_block_drafter(directory):
-        from vllm_steer.ops import block
-
         print(block.describe(directory, args.target))
         return
     config = checkpoint.load(directory).config

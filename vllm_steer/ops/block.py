@@ -10,8 +10,35 @@ from typing import Any
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.redaction import redact
 from vllm_steer.drafters.block import checkpoint, ngram
-from vllm_steer.drafters.block.config import KINDS, METHODS, BlockConfig
+from vllm_steer.drafters.block.config import KINDS, METHODS, BlockConfig, is_block_drafter
 from vllm_steer.drafters.models import read_model_config
+from vllm_steer.drafters.steered import checkpoint as steered
+
+FILES = (checkpoint.CONFIG, "*.safetensors", "*.safetensors.index.json", f"{ngram.FOLDER}/*", f"{checkpoint.RECORD}/*")
+
+
+def resolve(source: str | Path) -> Path:
+    """Local directory of a steered checkpoint or a block drafter: itself, or what vllm-steer needs of a hub repository.
+
+    Raises SteeringError when there is no such directory or repository, or it cannot be fetched.
+    """
+    folder = steered.resolve(source)
+    if folder == Path(source).expanduser() or steered.has_steering(folder):
+        return folder
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        if not is_block_drafter(Path(hf_hub_download(str(source), checkpoint.CONFIG)).parent):
+            return folder
+        return Path(snapshot_download(str(source), allow_patterns=list(FILES)))
+    except EntryNotFoundError:
+        return folder
+    except Exception as error:  # a dozen unrelated types, as in steered.resolve
+        raise SteeringError(
+            f"{source}: its files could not be fetched from the hub ({type(error).__name__}: {error}): check the name, "
+            "the network, or HF_HUB_OFFLINE"
+        ) from error
 
 
 def describe(directory: Path, target: str | None) -> str:

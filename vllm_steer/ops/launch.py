@@ -40,7 +40,9 @@ class UnknownModel(SteeringError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vllm-steer serve`; all others are vLLM's."""
-    parser.add_argument("directory", metavar="DIR", help="steered checkpoint, adapter or block drafter")
+    parser.add_argument(
+        "directory", metavar="DIR", help="steered checkpoint, adapter or block drafter: directory or hub id"
+    )
     parser.add_argument("--target", "--model", help="directory or hub id (default: the one recorded in DIR)")
     parser.add_argument(
         "--drafter", help="drafter to steer, for an adapter or in place of the one in DIR (default: the recorded one)"
@@ -84,7 +86,7 @@ def command(
     Raises SteeringError when target and drafter are not known, or do not fit the checkpoint: by their configs, no
     weights are read.
     """
-    folder = checkpoint.resolve(directory)
+    folder = block.resolve(directory)
     if is_block_drafter(folder):
         return _block_command(folder, rest, target, tree_rows, {"--drafter": drafter, "--tree": tree})
     config = SteeringConfig.read(folder / checkpoint.FOLDER / "config.json")

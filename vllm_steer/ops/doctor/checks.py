@@ -94,7 +94,7 @@ def seam_places(case: Case) -> Iterable[Finding]:
 
 def steering_weights(case: Case) -> Iterable[Finding]:
     """Files, shapes, finite values, golden deltas: everything the server will check when it loads it."""
-    if is_block_drafter(checkpoint.resolve(case.checkpoint)):
+    if is_block_drafter(block.resolve(case.checkpoint)):
         yield from _block_drafter(case)
         return
     config = checkpoint.load_steering(case.checkpoint).config
@@ -105,7 +105,7 @@ def steering_weights(case: Case) -> Iterable[Finding]:
 
 def _block_drafter(case: Case) -> Iterable[Finding]:
     """A block drafter: its files, its target, and whether vLLM and the plugin accept both."""
-    folder = checkpoint.resolve(case.checkpoint)
+    folder = block.resolve(case.checkpoint)
     yield Finding(
         "checkpoint", OK, block.describe(folder, None).splitlines()[0] + "; weights agree with what is on record"
     )
