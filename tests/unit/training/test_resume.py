@@ -82,9 +82,19 @@ def test_another_option_is_refused(stopped: Path, folder: Path, tmp_path: Path, 
 def test_every_option_is_compared_or_free() -> None:
     compared = {next(iter(changes)) for changes, _ in CHANGES} | {"target", "drafter", "data"}
     compared |= {"on_policy"}  # test_on_policy.py
+    compared |= {"trained_layers"}  # below: mode steer, which CHANGES resumes, does not have it
     compared |= {"kind", "layers", "anchors", "freeze_base"}  # test_block_training.py
     assert compared | record.FREE == {field.name for field in dataclasses.fields(TrainConfig)}
     assert not compared & record.FREE
+
+
+def test_other_trained_layers_are_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = options(folder, tmp_path / "out", mode="joint", trained_layers=(1,))
+    checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-1"
+    record.store(config, checkpoint.parent)
+    record.require_same(config, checkpoint)
+    with pytest.raises(SteeringError, match="--trained-layers was 1 when .* and is 0 1 now"):
+        record.require_same(dataclasses.replace(config, trained_layers=(0, 1)), checkpoint)
 
 
 def test_another_model_or_file_is_refused_and_the_same_elsewhere_is_not(
