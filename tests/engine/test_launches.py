@@ -73,7 +73,8 @@ def record(proposer: Any, rounds: list[dict[str, int]]) -> None:
     activation.SteeredActivation.forward = eager_on_a_gpu
     injection = proposer.injection
     injection._cpu = False
-    proposer._steer_first_pass = operators(found, proposer._steer_first_pass)
+    begin = "begin_round" if hasattr(proposer, "begin_round") else "_steer_first_pass"  # V2, V1
+    setattr(proposer, begin, operators(found, getattr(proposer, begin)))
     injection.steer_drafts, off = operators(found, injection.steer_drafts), operators(found, injection.off)
 
     def end_of_round() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_steer.serving.injection import Injection
-from vllm_steer.serving.plan import Plan, tree_of
+from vllm_steer.serving.plan import Plan
 from vllm_steer.serving.telemetry.block_counter import Blocks
 from vllm_steer.serving.telemetry.reporter import Reporter
 
@@ -27,9 +27,7 @@ def attach(vllm_config: Any, plan: Plan, model: nn.Module, device: torch.device)
     injection.attach(model)
     _warn_of_lost_fusion(vllm_config)
     if rank == 0:
-        shape = tree_of(vllm_config)
-        rows = 0 if shape is None else shape.leaves
-        injection.blocks = Blocks(plan.max_num_seqs, plan.draft_length, device, rows)
+        injection.blocks = Blocks.of(vllm_config, device)
         Reporter(injection, vllm_config.parallel_config.data_parallel_index).start()
     return injection
 

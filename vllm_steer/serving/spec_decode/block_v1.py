@@ -23,7 +23,6 @@ class BlockProposer(CountsBlocks, DFlashProposer):
     """Stands in for DFlashProposer by name; without a plan nothing of it is changed."""
 
     repair: Repair | None = None
-    tree: BlockRounds | None = None
     _newest: Tensor | None = None  # [>= B], the newest token of each request
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None):
@@ -34,15 +33,6 @@ class BlockProposer(CountsBlocks, DFlashProposer):
             self.tree = BlockRounds(self, runner, shape)
         self.runner = runner
         self.count_unsteered()
-
-    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As vLLM's: drafts [requests, k], or [requests, N] of a tree."""
-        try:
-            if self.tree is not None:
-                return self.tree.propose(super().propose, *args, **kwargs)
-            return super().propose(*args, **kwargs)
-        finally:
-            self.verified = None
 
     def set_inputs_first_pass(self, **given: Any) -> Any:  # type: ignore[override]  # vLLM gives all by name
         """As vLLM's, noting the newest tokens."""
@@ -77,10 +67,7 @@ class BlockRounds(TreeRounds):
 
     def propose(self, chain_of_one: Callable[..., Tensor], **given: Any) -> Tensor:
         """Drafts [B, N]; `chain_of_one` is vLLM's `propose`, which makes the pass."""
-        if self.rows is not None:
-            given |= self._shown(self.rows, given)
-            self._proposer.verified = self.rows.shown_drafts
-            self.count_winners()
+        given = self._of_winners(given)
         proposer, k, sampling = self._proposer, self.shape.depth, given["sampling_metadata"]
         chain_of_one(**given | {"num_speculative_tokens": k})
         proposer.num_speculative_tokens = self.shape.drafts

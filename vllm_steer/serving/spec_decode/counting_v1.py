@@ -1,11 +1,14 @@
-"""V1 model runner: which drafts vLLM has just verified, and the count of them where the drafter is not steered."""
+"""V1 model runner: a round of chains or trees, and the count of verified blocks where the drafter is not steered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from vllm_steer.serving.block_plan import counts_unsteered
+from vllm_steer.serving.spec_decode.tree_v1 import TreeRounds
 from vllm_steer.serving.telemetry.block_counter import Blocks
 from vllm_steer.serving.telemetry.unsteered import Unsteered
 
@@ -14,6 +17,7 @@ class CountsBlocks:
     """Put before a proposer class of vLLM's."""
 
     injection: Any = None
+    tree: TreeRounds | None = None
     verified: Sequence[int] | None = None  # how many drafts vLLM has just verified for each request
     runner: Any
     _unsteered: Unsteered | None = None
@@ -21,14 +25,21 @@ class CountsBlocks:
     def count_unsteered(self: Any) -> None:
         """At the end of __init__, where nothing is steered."""
         if counts_unsteered(self.vllm_config):
-            depth = self.num_speculative_tokens if self.tree is None else self.tree.shape.depth
-            self._unsteered = Unsteered.of_first_rank(self.vllm_config, self.device, depth)
+            self._unsteered = Unsteered.of_first_rank(self.vllm_config, self.device)
 
     @property
     def blocks(self) -> Blocks | None:
         """Where blocks are counted, steered or not."""
         counting = self.injection or self._unsteered
         return None if counting is None else counting.blocks
+
+    def propose(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As vLLM's: drafts [requests, k], or [requests, N] of a tree."""
+        propose = super().propose  # type: ignore[misc]  # vLLM's
+        try:
+            return propose(*args, **kwargs) if self.tree is None else self.tree.propose(propose, *args, **kwargs)
+        finally:
+            self.verified = None
 
     def prepare_inputs_padded(self, metadata: Any, spec_decode_metadata: Any, *args: Any) -> Any:
         """As vLLM's, noting how many drafts of each request were verified."""

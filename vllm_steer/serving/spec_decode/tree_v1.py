@@ -97,10 +97,7 @@ class TreeRounds(Paged):
 
     def propose(self, chain_of_one: Callable[..., Tensor], **given: Any) -> Tensor:
         """Drafts [B, N]; `chain_of_one` is vLLM's `propose`, of which only the first pass is used."""
-        if self.rows is not None:
-            given |= self._shown(self.rows, given)
-            self._proposer.verified = self.rows.shown_drafts
-            self.count_winners()
+        given = self._of_winners(given)
         chain_of_one(**given | {"num_speculative_tokens": 1})
         self._proposer.num_speculative_tokens = self.shape.drafts
         metadata = given["common_attn_metadata"]
@@ -123,11 +120,6 @@ class TreeRounds(Paged):
         self.rows = self._hidden = self._newest = None
         return flat(given["next_token_ids"], growth.paths)
 
-    def count_winners(self) -> None:
-        """Count the rows that won, where this rank counts."""
-        if (blocks := self._proposer.blocks) is not None and self.rows is not None:
-            self.rows.count_winners(blocks.rows)
-
     def after_first_pass(self, hidden: Tensor) -> Tensor:
         """Keep its hidden states [B, H]; returns a draft for vLLM that nobody reads."""
         self._hidden = hidden
@@ -136,6 +128,15 @@ class TreeRounds(Paged):
     def before_first_pass(self, last: Tensor) -> None:
         """Keep the positions of the newest tokens, which are in rows `last` [B] of the pass."""
         self._newest = self._proposer.positions[last.long()].clone()
+
+    def _of_winners(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What vLLM gave, or if trees were verified `_shown`; the rows that won are counted, where this rank counts."""
+        if self.rows is None:
+            return given
+        self._proposer.verified = self.rows.shown_drafts
+        if (blocks := self._proposer.blocks) is not None:
+            self.rows.count_winners(blocks.rows)
+        return given | self._shown(self.rows, given)
 
     def _shown(self, rows: Rows, given: dict[str, Any]) -> dict[str, Any]:
         """What vLLM would have given if the winners had been verified alone, as chains."""

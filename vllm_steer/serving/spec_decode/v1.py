@@ -43,14 +43,10 @@ class SteeredDraftModelProposer(CountsBlocks, DraftModelProposer):
         return model
 
     def propose(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As vLLM's: drafts [requests, k], or [requests, N] of a tree. What steered this round is dropped afterwards,
-        whatever happens."""
+        """As its bases'. What steered this round is dropped afterwards, whatever happens."""
         try:
-            if self.tree is not None:
-                return self.tree.propose(super().propose, *args, **kwargs)
             return super().propose(*args, **kwargs)
         finally:
-            self.verified = None
             if self.injection is not None:
                 self.injection.off()
 

@@ -13,7 +13,7 @@ from vllm_steer.serving.kill_switch import KILL_SWITCH, disabled
 from vllm_steer.serving.plan import Options, Plan, draft_model, filters_drafts, tree_of
 from vllm_steer.serving.sampling.draft_filters import Filters, say_so
 from vllm_steer.serving.spec_decode.attach import attach, steer_first_pass
-from vllm_steer.serving.spec_decode.counting_v2 import CountsBlocks, verified_drafts
+from vllm_steer.serving.spec_decode.counting_v2 import CountsBlocks, Rounds, verified_drafts
 from vllm_steer.serving.spec_decode.draft_graphs import GraphedSpeculator
 from vllm_steer.serving.spec_decode.tree_v2 import Treed
 from vllm_steer.serving.telemetry.block_counter import Blocks
@@ -49,7 +49,7 @@ class DraftModelSpeculator(GraphedSpeculator):
         return logits if self._filters is None else self._filters(logits)
 
 
-class SteeredSpeculator(DraftModelSpeculator):
+class SteeredSpeculator(Rounds, DraftModelSpeculator):
     """Built only for steered drafters."""
 
     injection: Injection
@@ -69,27 +69,11 @@ class SteeredSpeculator(DraftModelSpeculator):
         """Where blocks are counted."""
         return self.injection.blocks
 
-    def propose(  # type: ignore[override]  # the others are passed on
-        self,
-        input_batch: Any,
-        attn_metadata: Any,
-        slot_mappings: Any,
-        last_hidden_states: Tensor,
-        aux_hidden_states: list[Tensor] | None,
-        num_sampled: Tensor,
-        num_rejected: Tensor,
-        *args: Any,
-        dummy_run: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """As vLLM's: drafts [requests, k], made under the guides taken from aux_hidden_states."""
-        if not dummy_run:
-            assert aux_hidden_states is not None  # vLLM hands them out: `init_speculator` asked for them
-            self._steer_first_pass(input_batch, aux_hidden_states, num_rejected)
+    def propose(self, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Tensor:
+        """As vLLM's: drafts [requests, k], made under the guides taken from the target's auxiliary states."""
         self._decoding_steered = self.num_speculative_steps == 1 or dummy_run
-        rest = (attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, num_rejected, *args)
         try:
-            drafts = super().propose(input_batch, *rest, dummy_run=dummy_run, **kwargs)
+            drafts = super().propose(*args, dummy_run=dummy_run, **kwargs)
         finally:
             self.injection.off()
         if not self._decoding_steered:  # a vLLM with graphs of its own may take another way
@@ -99,7 +83,9 @@ class SteeredSpeculator(DraftModelSpeculator):
             )
         return drafts
 
-    def _steer_first_pass(self, batch: Any, states: list[Tensor], num_rejected: Tensor) -> None:
+    def begin_round(self, batch: Any, states: list[Tensor] | None, num_rejected: Tensor) -> None:
+        """Steer the first pass by the target's states."""
+        assert states is not None  # vLLM hands them out: `init_speculator` asked for them
         n = batch.num_reqs
         steer_first_pass(
             self.injection,

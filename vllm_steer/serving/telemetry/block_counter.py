@@ -16,11 +16,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vllm_steer.serving.plan import tree_of
 
 WARM_UP = re.compile(r"_(v2_mixed_)?warmup_")  # vllm/v1/worker/gpu/warmup.py; no request of a user begins with "_"
 
@@ -75,6 +77,14 @@ class Blocks:
         self._steered = False  # the last round
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._host = torch.zeros(len(self._counts), dtype=torch.float64, pin_memory=True) if self._stream else None
+
+    @classmethod
+    def of(cls, vllm_config: Any, device: torch.device) -> Blocks:
+        """Those of an engine, of its chains or its trees."""
+        spec, most = vllm_config.speculative_config, vllm_config.scheduler_config.max_num_seqs
+        if (shape := tree_of(vllm_config)) is None:
+            return cls(most, spec.num_speculative_tokens, device)
+        return cls(most, shape.depth, device, shape.leaves)  # to vLLM all rows together are one long draft
 
     def begin(self, ids: Sequence[str], drafts: Sequence[int] | None, out: np.ndarray, steered: bool) -> Verified:
         """Note the requests of a round whose window vLLM has just verified.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_steer.serving.plan import tree_of
 from vllm_steer.serving.telemetry.block_counter import Blocks, count
 from vllm_steer.serving.telemetry.reporter import Reporter
 
@@ -25,20 +24,17 @@ class Unsteered:
 
     scale, adapter, config = 0.0, None, SimpleNamespace(acceptance={})
 
-    def __init__(self, vllm_config: Any, device: torch.device, draft_length: int):
-        shape = tree_of(vllm_config)
+    def __init__(self, vllm_config: Any, device: torch.device):
         self._device = device
-        self.blocks = Blocks(
-            vllm_config.scheduler_config.max_num_seqs, draft_length, device, 0 if shape is None else shape.leaves
-        )
+        self.blocks = Blocks.of(vllm_config, device)
         Reporter(self, vllm_config.parallel_config.data_parallel_index).start()
 
     @classmethod
-    def of_first_rank(cls, vllm_config: Any, device: torch.device, draft_length: int) -> Unsteered | None:
+    def of_first_rank(cls, vllm_config: Any, device: torch.device) -> Unsteered | None:
         """The counts of an engine; None in all tensor-parallel ranks but the first."""
         from vllm.distributed import get_tensor_model_parallel_rank
 
-        return None if get_tensor_model_parallel_rank() else cls(vllm_config, device, draft_length)
+        return None if get_tensor_model_parallel_rank() else cls(vllm_config, device)
 
     @torch.inference_mode()
     def count(
