@@ -217,9 +217,10 @@ def _measured(bench: Path, directory: Path) -> str:
         )
     if of_blocks:
         _require_refined(mine, bench)
-    for contender in [] if of_blocks else mine:
-        _require_steered(contender, results["settings"], bench)
-        _require_drafter(contender["identity"].get("drafter_weights"), directory, bench)
+    else:
+        for contender in mine:
+            _require_steered(contender, results["settings"], bench)
+            _require_drafter(contender["identity"].get("drafter_weights"), directory, bench)
     if "conditions" not in results["settings"]:
         log.warning("%s does not say under which environment variables it was measured, nor with which sampling", bench)
     return (

@@ -106,12 +106,10 @@ def command(
         merge(additional, {"vllm_steer": {"tree_rows": tree_rows}})
     if tree is not None or tree_rows is not None:
         rest = _with_block_size(rest)
-    options = ["--speculative-config", json.dumps(speculative(config, base) | spec)]
     if base != directory:
         merge(wanted := {"vllm_steer": {"adapter": directory}}, additional)
         additional = wanted
-    options += ["--additional-config", json.dumps(additional)] if additional else []
-    return [*vllm_command(target), *options, *rest]
+    return _words(target, speculative(config, base) | spec, additional, rest)
 
 
 def _block_command(
@@ -128,11 +126,16 @@ def _block_command(
     spec = {k.replace("-", "_"): v for k, v in asked[SPECULATIVE].items()}
     target, target_config = block.target_of(folder, target)
     config.check_target(target_config)
-    options = ["--speculative-config", json.dumps(block.speculative(folder, config) | spec)]
     if rows is not None:
         merge(asked[ADDITIONAL], {"vllm_steer": {"tree_rows": rows}})
         rest = _with_block_size(rest)
-    options += ["--additional-config", json.dumps(asked[ADDITIONAL])] if asked[ADDITIONAL] else []
+    return _words(target, block.speculative(folder, config) | spec, asked[ADDITIONAL], rest)
+
+
+def _words(target: str, spec: dict[str, Any], additional: dict[str, Any], rest: list[str]) -> list[str]:
+    """The words of a `vllm serve` with these objects, and vLLM's options as typed."""
+    options = ["--speculative-config", json.dumps(spec)]
+    options += ["--additional-config", json.dumps(additional)] if additional else []
     return [*vllm_command(target), *options, *rest]
 
 

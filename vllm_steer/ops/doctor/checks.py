@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from vllm_steer.common.engine_options import for_trees
@@ -94,8 +95,8 @@ def seam_places(case: Case) -> Iterable[Finding]:
 
 def steering_weights(case: Case) -> Iterable[Finding]:
     """Files, shapes, finite values, golden deltas: everything the server will check when it loads it."""
-    if is_block_drafter(block.resolve(case.checkpoint)):
-        yield from _block_drafter(case)
+    if is_block_drafter(folder := block.resolve(case.checkpoint)):
+        yield from _block_drafter(case, folder)
         return
     config = checkpoint.load_steering(case.checkpoint).config
     case.config = config
@@ -103,9 +104,8 @@ def steering_weights(case: Case) -> Iterable[Finding]:
     yield Finding("checkpoint", OK, f"weights and golden deltas agree; {config.rank_text}, for {steered}")
 
 
-def _block_drafter(case: Case) -> Iterable[Finding]:
+def _block_drafter(case: Case, folder: Path) -> Iterable[Finding]:
     """A block drafter: its files, its target, and whether vLLM and the plugin accept both."""
-    folder = block.resolve(case.checkpoint)
     yield Finding(
         "checkpoint", OK, block.describe(folder, None).splitlines()[0] + "; weights agree with what is on record"
     )
