@@ -26,10 +26,9 @@ from vllm_steer.drafters.steered import checkpoint
 from vllm_steer.drafters.steered.config import default_target_layers
 from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.training.acceptance import chances, predicted
+from vllm_steer.training.config import PRECISIONS
 from vllm_steer.training.losses import rejection
 from vllm_steer.training.pair import Pair, read_target
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def rows_of(contender: Contender, target: Any, batches: list[dict[str, torch.Tensor]], k: int) -> list[dict[str, Any]]:

@@ -43,6 +43,11 @@ def interval(pairs: Sequence[tuple[float, float]], of: Callable[[Any], float], d
     return [round(draws[50], digits), round(draws[-51], digits)]
 
 
+def length(pairs: Sequence[tuple[int, int]]) -> float:
+    """Acceptance length of (tokens, blocks) pairs: tokens over blocks."""
+    return sum(tokens for tokens, _ in pairs) / sum(blocks for _, blocks in pairs)
+
+
 def _version(package: str) -> str | None:
     """None where it is not installed: a GPU machine may have torch alone."""
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import interval, write_report
+from record import interval, length, write_report
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,12 +66,6 @@ class Case:
         """The weight with the longest blocks on the first prompts."""
         lengths = {w: length(self.pairs(way, w, temperature, self.prompts[:TUNED_ON])) for w in WEIGHTS}
         return max(lengths, key=lengths.__getitem__)
-
-
-def length(pairs: Pairs) -> float:
-    """Tokens per block."""
-    tokens, blocks = map(sum, zip(*pairs, strict=True))
-    return tokens / blocks
 
 
 def ratio(pairs: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> float:

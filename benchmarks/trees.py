@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import interval, write_report
+from record import interval, length, write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_steer.decoding import tree
@@ -63,11 +63,6 @@ def measure(models: tuple[Any, Any, Any], prompts: list[list[int]], way: str, ar
         "passes": shape.depth,
         "answers": answers,
     }
-
-
-def length(pairs: list[tuple[int, int]]) -> float:
-    """Tokens over blocks."""
-    return sum(tokens for tokens, _ in pairs) / sum(blocks for _, blocks in pairs)
 
 
 def main() -> None:
