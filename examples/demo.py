@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_pairs import STEERED, Pair, Way, find_pair
-from demo_report import Answer, Row, over_others, plot, table, wrong_with
+from demo_report import Answer, Row, plot, table, wrong_with
 from openai import OpenAI, OpenAIError
 from server import Server, ServerError, can_compile, has_gpu, serve
 
@@ -167,8 +167,6 @@ def parse() -> argparse.Namespace:
 def report(pair: Pair, rows: list[Row], args: argparse.Namespace, logs: Path) -> int:
     """Print the table and what it shows; returns the exit code."""
     print("\n" + table(rows, pair.k))
-    if pair.together:
-        print("\n" + over_others(rows, STEERED))
     picture = logs / "acceptance_and_time.png"
     plot(picture, {row.name: (row.milliseconds_per_block, row.acceptance_length) for row in rows})
     print(f"plot: {picture}")

@@ -32,8 +32,9 @@ QUESTIONS = (
 SHOWN = {
     "tiny": "Shown: the text is the target's, and steering makes it accept more drafts. Not shown: a gain in speed.\n"
     "This target costs hardly more per token than its drafter; with `make demo PAIR=cut` speculation pays.",
-    "cut": "Shown: speed with one request at a time on this machine. Not shown: larger batches, where reading drafts\n"
-    "is no longer free for the target; `vllm-steer tune` measures them.",
+    "cut": "Shown: with one request at a time speculation is faster than none. Not shown: which drafter is fastest:\n"
+    "they differ by less than this machine from one minute to the next, and acceptance length ranks them; and larger\n"
+    "batches, where reading drafts is no longer free for the target: `vllm-steer tune` measures them.",
 }
 
 

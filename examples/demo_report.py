@@ -101,14 +101,6 @@ def table(rows: list[Row], k: int) -> str:
     return "\n".join(lines)
 
 
-def over_others(rows: list[Row], steered: str) -> str:
-    """The steered drafter's speed over the drafters before it in the table."""
-    place = next(i for i, row in enumerate(rows) if row.name == steered)
-    ours = gains(rows[place])
-    parts = [f"over the {row.name} {with_interval(ours / gains(row))}" for row in rows[1:place]]
-    return f"speed of the {steered}: " + ", ".join(parts)
-
-
 def wrong_with(rows: list[Row], steered: str, greedy: bool) -> list[str]:
     """What is wrong with the result; empty when nothing is."""
     one = next(row for row in rows if row.name == steered)
