@@ -70,7 +70,7 @@ LONG = {  # in tests/: a test's name stands for all its parameters
         "test_generate_samples_neutrally_or_as_served",
     ),
     "unit/bench/test_quality.py": ("test_a_lenient_benchmark_is_shown_apart",),
-    "unit/bench/test_tune.py": ("test_a_real_tuning",),
+    "unit/bench/test_tune.py": ("test_a_real_tuning", "test_on_v2_each_length_has_an_engine"),
     "unit/bench/test_evaluate.py": ("test_blocks_are_those_of_the_engine",),
     "unit/data/test_responses.py": ("test_interrupted_thrice_is_as_good_as_never",),
     "unit/project/test_gpu_session.py": ("test_every_command_of_the_session_is_one",),

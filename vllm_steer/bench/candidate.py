@@ -224,7 +224,7 @@ def measure(contender: Contender, settings: Settings, prompts: list[dict[str, An
         llm.llm_engine.engine_core.shutdown()
 
 
-def open_engine(contender: Contender, settings: Any, k: int, sampled: bool, batch: int) -> Any:
+def open_engine(contender: Contender, settings: Any, k: int, sampled: bool, batch: int, varying: bool = False) -> Any:
     """An engine that serves this way, see probe.open_engine."""
     from vllm_steer.serving import probe
 
@@ -243,6 +243,7 @@ def open_engine(contender: Contender, settings: Any, k: int, sampled: bool, batc
         rows=contender.rows,
         blind=contender.blind,
         lenience=contender.read_lenience(),
+        varying=varying,
     )
 
 

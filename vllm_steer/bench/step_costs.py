@@ -1,4 +1,4 @@
-"""What an engine step costs at several batch sizes, in one engine and a process of its own: for `vllm-steer tune`.
+"""What an engine step costs at several batch sizes and draft lengths, in a process of its own: for `vllm-steer tune`.
 
 python -m vllm_steer.bench.step_costs JOB RESULT      called by `measure_in_a_process`
 """
@@ -6,6 +6,8 @@ python -m vllm_steer.bench.step_costs JOB RESULT      called by `measure_in_a_pr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -13,66 +15,117 @@ from vllm_steer.bench import block_counting, processes
 from vllm_steer.bench.candidate import WARM_UP, Contender, count, drafting, open_engine
 
 
-def measure_in_a_process(contender: Contender, k: int, settings: dict[str, Any], prompts: list[Any]) -> dict[str, Any]:
+def measure_in_a_process(
+    contender: Contender, lengths: Sequence[int], settings: dict[str, Any], prompts: list[Any]
+) -> dict[int, dict[str, Any]]:
     """`measure` in a fresh Python under this process's environment. Raises SteeringError when it fails."""
-    name = f"{contender.name}, k={k}" if contender.drafter else contender.name
-    return processes.run("vllm_steer.bench.step_costs", name, [dataclasses.asdict(contender), k, settings, prompts])
+    name = f"{contender.name}, k={max(lengths)}" if contender.drafter else contender.name
+    job = [dataclasses.asdict(contender), list(lengths), settings, prompts]
+    return {int(k): one for k, one in processes.run("vllm_steer.bench.step_costs", name, job).items()}
 
 
-def work(raw: dict[str, Any], k: int, settings: dict[str, Any], prompts: list[dict[str, Any]]) -> dict[str, Any]:
+def work(
+    raw: dict[str, Any], lengths: list[int], settings: dict[str, Any], prompts: list[dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
     """`measure`, from JSON."""
-    return measure(Contender.from_dict(raw), k, settings, prompts)
+    return measure(Contender.from_dict(raw), lengths, settings, prompts)
 
 
-def measure(contender: Contender, k: int, settings: dict[str, Any], prompts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Step times and acceptance of one way to serve.
+def measure(
+    contender: Contender, lengths: list[int], settings: dict[str, Any], prompts: list[dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """Step times and acceptance of one way to serve, at several draft lengths where one engine can change its own.
+
+    Lengths are measured by turns, prompt by prompt: a machine that drifts from one minute to the next would otherwise
+    choose among them.
 
     Args:
-        k: drafts per block, of a tree its depth.
+        lengths: drafts per block, of a tree its depth.
         settings: "target", "batch" (sizes), "max_tokens", "temperature", "max_model_len", "engine", "seed".
 
-    Returns {"environment", "batches": [{"batch", "step", "draft", "tokens"}], "rates": acceptance by position}. "step"
-    is the median time in seconds of an engine step while that many requests are decoding, "draft" what of it is spent
-    in the drafter, "tokens" what a step delivers for each request.
+    Returns {length: {"environment", "batches": [{"batch", "step", "draft", "tokens"}], "rates": acceptance by
+    position}}, of all lengths or, from an engine that cannot change its length (V2), of the longest. "step" is the
+    median time in seconds of an engine step while that many requests are decoding, "draft" what of it is spent in the
+    drafter, "tokens" what a block delivers.
     """
     from vllm_steer.serving import probe
 
-    sizes = settings["batch"]
-    llm = open_engine(contender, settings, k, settings["temperature"] > 0, max(sizes))
+    sizes, sampled = settings["batch"], settings["temperature"] > 0
+    several = len(lengths) > 1
+    llm = open_engine(contender, settings, max(lengths), sampled, max(sizes), varying=several)
     try:
-        found = [_at(llm, size, contender, k, settings, prompts) for size in sizes]
-        answers = [answer for _, some in found for answer in some]
-        depth = k if contender.drafter else 0
-        rates = [rate or 0.0 for rate in block_counting.per_position(answers, depth)]
-        return {"environment": probe.describe(llm), "batches": [each for each, _ in found], "rates": rates}
+        if several and not probe.can_vary(llm):
+            lengths = [max(lengths)]
+        found = {k: _Way(contender, k if contender.drafter else 0) for k in lengths}
+        for size in sizes:
+            _at(llm, size, list(found.values()), settings, prompts)
+        environment = probe.describe(llm)
+        return {k: {"environment": environment, "batches": way.batches, "rates": way.rates} for k, way in found.items()}
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def _at(
-    llm: Any, size: int, contender: Contender, k: int, settings: dict[str, Any], prompts: list[dict[str, Any]]
-) -> tuple[dict[str, Any], list[block_counting.Answer]]:
-    """Step times at one batch size, and the answers' blocks. The drafter is timed in a pass of its own."""
+@dataclass
+class _Way:
+    """One draft length of an engine, and what was measured at it; depth 0: without speculation."""
+
+    contender: Contender
+    depth: int
+    batches: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[block_counting.Answer] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        return [rate or 0.0 for rate in block_counting.per_position(self.answers, self.depth)]
+
+    def drive(self, llm: Any, prompts: list[dict[str, Any]], max_tokens: int, **common: Any) -> tuple[list[Any], Any]:
+        """Answer these prompts at once at this length: counted answers, and the clock."""
+        from vllm_steer.serving import probe
+
+        if probe.can_vary(llm):
+            probe.draft(llm, self.depth)
+        asked = block_counting.tokens_to_ask(max_tokens, self.depth)
+        ids = [prompt["ids"] for prompt in prompts]
+        deliveries, clock = probe.drive(llm, ids, max_tokens=asked, batch=len(ids), **common)
+        drafts = self.contender.drafts(self.depth)
+        raw = [count(p, d, max_tokens, self.depth, drafts) for p, d in zip(prompts, deliveries, strict=True)]
+        return [block_counting.Answer.from_dict(each) for each in raw], clock
+
+
+def _at(llm: Any, size: int, ways: list[_Way], settings: dict[str, Any], prompts: list[dict[str, Any]]) -> None:
+    """Add to each way what it does at one batch size. Drafters are timed in a pass of their own."""
+    most, seed = settings["max_tokens"], settings["seed"]
+    common = {"temperature": settings["temperature"]}
+    chosen = prompts[: size * max(1, settings["prompts"] // size)]
+    groups = [chosen[first : first + size] for first in range(0, len(chosen), size)]
+    full: list[list[float]] = [[] for _ in ways]
+    answers: list[list[block_counting.Answer]] = [[] for _ in ways]
+    for way in ways:
+        way.drive(llm, groups[0], WARM_UP, seed=seed, **common)
+    for number, group in enumerate(groups):
+        turns = list(zip(ways, full, answers, strict=True))
+        for way, seconds, counted in turns if number % 2 else reversed(turns):  # nobody is always the first
+            some, clock = way.drive(llm, group, most, seed=seed + number * size, **common)
+            seconds += [taken for requests, taken, _ in clock.steps if requests == size]
+            counted += some
+    for way, seconds, counted in zip(ways, full, answers, strict=True):
+        draft = _drafting(llm, way, groups[0], settings) if way.depth else 0.0
+        step = median(seconds) if seconds else float("nan")
+        tokens = block_counting.acceptance_length(counted) or 1.0
+        way.batches.append({"batch": size, "step": step, "draft": draft, "tokens": tokens})
+        way.answers += counted
+
+
+def _drafting(llm: Any, way: _Way, prompts: list[dict[str, Any]], settings: dict[str, Any]) -> float:
+    """Seconds of a step that are the drafter's."""
     from vllm_steer.serving import probe
 
-    depth = k if contender.drafter else 0
-    common = {"batch": size, "temperature": settings["temperature"], "seed": settings["seed"]}
-    asked = block_counting.tokens_to_ask(settings["max_tokens"], depth)
-    chosen = prompts[: size * max(1, settings["prompts"] // size)]
-    ids = [prompt["ids"] for prompt in chosen]
-    probe.drive(llm, ids[:size], max_tokens=WARM_UP, **common)
-    deliveries, clock = probe.drive(llm, ids, max_tokens=asked, **common)
-    full = [(seconds, tokens) for requests, seconds, tokens in clock.steps if requests == size]
-    timed = drafting(llm, ids[:size], common | {"max_tokens": asked}) if depth else None
-    draft = timed[0] / len(timed[1].steps) if timed is not None and timed[1].steps else 0.0
-    raw = [
-        count(prompt, delivery, settings["max_tokens"], depth, contender.drafts(depth))
-        for prompt, delivery in zip(chosen, deliveries, strict=True)
-    ]
-    answers = [block_counting.Answer.from_dict(each) for each in raw]
-    tokens = sum(tokens for _, tokens in full) / max(1, len(full)) / size
-    step = median(seconds for seconds, _ in full) if full else float("nan")
-    return {"batch": size, "step": step, "draft": draft, "tokens": tokens}, answers
+    if probe.can_vary(llm):
+        probe.draft(llm, way.depth)
+    common = {"batch": len(prompts), "temperature": settings["temperature"], "seed": settings["seed"]}
+    common["max_tokens"] = block_counting.tokens_to_ask(settings["max_tokens"], way.depth)
+    timed = drafting(llm, [prompt["ids"] for prompt in prompts], common)
+    return timed[0] / len(timed[1].steps) if timed is not None and timed[1].steps else 0.0
 
 
 if __name__ == "__main__":

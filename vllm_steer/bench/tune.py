@@ -1,8 +1,8 @@
 """`vllm-steer tune`: which draft length, or tree, pays on this machine at which batch size.
 
-Every way to serve is measured in an engine of its own: without speculation, with a few draft lengths, with trees. From
-step times and acceptance follows the speed of every length between (cost_model.py); `--check` measures further lengths
-and shows how far off the prediction is.
+Without speculation, chains and each tree are measured in engines of their own; on V1 one engine drafts chains of every
+length, by turns. From step times and acceptance follows the speed of every length between (cost_model.py); `--check`
+measures further lengths and shows how far off the prediction is.
 """
 
 from __future__ import annotations
@@ -81,6 +81,13 @@ class TuneConfig:
         drawn = {name: (dataclasses.replace(self.contender, tree=w), len(w)) for name, w in trees.items()}
         return {NONE: (Contender(NONE), 1)} | chains | drawn
 
+    def together(self, names: list[str]) -> dict[int, str]:
+        """Those of `names` that are asked of one engine with the first of them, by draft length."""
+        first, k = self.ways[names[0]]
+        if first.drafter is None or first.tree is not None or first.method is not None:
+            return {k: names[0]}  # vLLM varies the length of a draft model's chains only
+        return {self.ways[name][1]: name for name in names if self.ways[name][0] == first}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vllm-steer tune`."""
@@ -106,10 +113,13 @@ def tune(config: TuneConfig) -> dict[str, Any]:
         prompts = _prompts(config)
         settings = _settings(config, prompts)
         measured = _measured(output, settings) if config.resume else {}
-        for name, (contender, k) in config.ways.items():
-            if name not in measured:
-                print(f"{name}: measuring at {', '.join(map(str, config.batch))} requests at a time", flush=True)
-                measured[name] = step_costs.measure_in_a_process(contender, k, settings, prompts)
+        while missing := [name for name in config.ways if name not in measured]:
+            together = config.together(missing)
+            sizes = ", ".join(map(str, config.batch))
+            print(f"{', '.join(together.values())}: measuring at {sizes} requests at a time", flush=True)
+            contender, _ = config.ways[missing[0]]
+            found = step_costs.measure_in_a_process(contender, list(together), settings, prompts)
+            measured |= {together[k]: one for k, one in found.items()}
             _write(output, config, settings, measured)
         return _write(output, config, settings, measured)
 
@@ -169,6 +179,7 @@ def _measured(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _write(output: Path, config: TuneConfig, settings: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """Write what there is so far; once all chains are there, with predictions and advice."""
+    measured = {name: measured[name] for name in config.ways if name in measured}
     found: dict[str, Any] = {
         "command": options.command("tune", dataclasses.asdict(config) | {"resume": False}),
         "origin": provenance.origin("transformers"),

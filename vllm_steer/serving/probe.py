@@ -63,12 +63,14 @@ def open_engine(
     rows: int | None = None,
     blind: bool = False,
     lenience: Lenience | None = None,
+    varying: bool = False,
 ) -> LLM:
     """An engine to be measured; without a drafter it does not speculate.
 
     `sampled`: whether a request may have a temperature above 0. `options` are further ones of vLLM's. `tree`: children
     of every node by depth, k deep; None: chains. `method`: vLLM's, of a block drafter; `rows`: of its trees; `blind`:
-    its drafts do not depend on each other; `lenience`: what its output gives up.
+    its drafts do not depend on each other; `lenience`: what its output gives up; `varying`: its draft length, k at
+    first, can be changed (`draft`).
     """
     options = (engine_options.for_trees() if tree is not None or rows is not None else {}) | options
     ours: dict[str, Any] = {"adapter": adapter, "tree": tree and list(tree), "tree_rows": rows}
@@ -88,6 +90,8 @@ def open_engine(
         }
         if method is not None:
             options["speculative_config"]["method"] = method
+        if varying:
+            options["speculative_config"]["num_speculative_tokens_per_batch_size"] = [[1, batch, k]]
     return LLM(
         target,
         **options,
@@ -158,6 +162,24 @@ def _deliver(answer: Delivery, delta: Any) -> None:
     answer.finish = delta.finish_reason
     if (metrics := delta.spec_decode_metrics) is not None:
         answer.accepted, answer.drafted = list(metrics.per_step_accepted), list(metrics.per_step_drafted)
+
+
+def can_vary(llm: LLM) -> bool:
+    """Whether `draft` can change the draft length: of an engine opened so, on V1. V2 makes every pass at any length."""
+    config: Any = llm.llm_engine.vllm_config
+    varies = getattr(_scheduler(llm), "dynamic_sd_lookup", None) is not None
+    return varies and not getattr(config, "use_v2_model_runner", False)
+
+
+def draft(llm: LLM, k: int) -> None:
+    """From now on draft k tokens per block, up to those the engine was opened with; while no request runs."""
+    lookup = _scheduler(llm).dynamic_sd_lookup  # by batch size
+    lookup[:] = [k] * len(lookup)
+
+
+def _scheduler(llm: LLM) -> Any:
+    core: Any = llm.llm_engine.engine_core
+    return core.engine_core.scheduler
 
 
 def preemptions(llm: LLM) -> int:

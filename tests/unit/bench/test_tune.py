@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import server_env
 from repository import ROOT
 
-from vllm_steer.bench import cost_model, tune
+from vllm_steer.bench import cost_model, step_costs, tune
 from vllm_steer.bench.tune import TuneConfig
 from vllm_steer.common.errors import SteeringError
 
@@ -86,14 +87,29 @@ def test_options_that_make_no_sense(changes: dict[str, Any], words: str, tmp_pat
         tune.tune(options(tmp_path, **changes))
 
 
-def test_a_real_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The draft lengths that each engine was asked for."""
+    asked: list[list[int]] = []
+    measure = step_costs.measure_in_a_process
+
+    def recorded(contender: Any, lengths: list[int], *more: Any) -> dict[int, Any]:
+        asked.append(lengths)
+        return measure(contender, lengths, *more)
+
+    monkeypatch.setattr(step_costs, "measure_in_a_process", recorded)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    return asked
+
+
+def test_a_real_tuning(tmp_path: Path, engines: list[list[int]]) -> None:
     found = tune.tune(options(tmp_path, check=(2,), tree=("2,1",)))
     assert list(found["measured"]) == ["none", "k=1", "k=2", "k=3", "tree 2,1"]
     for name, one in found["measured"].items():
         assert [each["batch"] for each in one["batches"]] == [1, 2]
         assert all(each["step"] > each["draft"] >= 0 for each in one["batches"])
         assert all((each["draft"] > 0) == (name != "none") for each in one["batches"])
+    assert engines == [[1], [1, 2, 3], [2]], "one engine drafts every length by turns"
     tokens = {name: one["batches"][0]["tokens"] for name, one in found["measured"].items()}
     assert tokens["none"] == 1 < tokens["k=1"] < tokens["k=3"]
     assert tokens["k=3"] == pytest.approx(1 + sum(found["measured"]["k=3"]["rates"]), rel=0.25)
@@ -104,3 +120,16 @@ def test_a_real_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(json.dumps(again["measured"])) == json.loads(json.dumps(found["measured"])), "nothing anew"
     with pytest.raises(SteeringError, match="was measured with max_tokens 16, now it is 8"):
         tune.tune(options(tmp_path, max_tokens=8, resume=True))
+
+
+def test_on_v2_each_length_has_an_engine(
+    tmp_path: Path, engines: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in server_env("v2", tmp_path).items():
+        monkeypatch.setenv(key, value)
+    found = tune.tune(options(tmp_path, batch=(2,), k=(1, 2)))
+    assert engines == [[1], [1, 2], [1]], "the longest of those asked for, until none is missing"
+    assert list(found["measured"]) == ["none", "k=1", "k=2"]
+    assert {one["environment"]["runner"] for one in found["measured"].values()} == {"V2"}
+    tokens = [one["batches"][0]["tokens"] for one in found["measured"].values()]
+    assert tokens[0] == 1 < tokens[1] < tokens[2]
