@@ -100,8 +100,9 @@ def _at(llm: Any, size: int, ways: list[_Way], settings: dict[str, Any], prompts
     groups = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     full: list[list[float]] = [[] for _ in ways]
     answers: list[list[block_counting.Answer]] = [[] for _ in ways]
+    ends = [prompt | {"ids": prompt["ids"][-WARM_UP:]} for prompt in groups[0]]
     for way in ways:
-        way.drive(llm, groups[0], WARM_UP, seed=seed, **common)
+        way.drive(llm, ends, WARM_UP, seed=seed, **common)
     for number, group in enumerate(groups):
         turns = list(zip(ways, full, answers, strict=True))
         for way, seconds, counted in turns if number % 2 else reversed(turns):  # nobody is always the first

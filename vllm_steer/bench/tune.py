@@ -40,7 +40,9 @@ class TuneConfig:
     )
     output: str = option(dataclasses.MISSING, "directory for results.json, table.md and tune.png")
     batch: tuple[int, ...] = option((1, 2, 4, 8), "requests at a time", nargs="+", type=int)
-    k: tuple[int, ...] = option((1, 3, 5), "draft lengths to measure; those between follow", nargs="+", type=int)
+    k: tuple[int, ...] = option(
+        (1, 2, 3, 4, 5), "draft lengths to measure; those between, if you leave some out, follow", nargs="+", type=int
+    )
     check: tuple[int, ...] = option((), "further lengths to measure, beside what was predicted", nargs="*", type=int)
     tree: tuple[str, ...] = option((), "draft trees to measure, W,W,... each", nargs="*", type=str, metavar="W,W,...")
     temperature: float = option(0.0, "temperature of the requests; 0 is greedy")
