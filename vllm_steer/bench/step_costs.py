@@ -78,12 +78,18 @@ class _Way:
     def rates(self) -> list[float]:
         return [rate or 0.0 for rate in block_counting.per_position(self.answers, self.depth)]
 
-    def drive(self, llm: Any, prompts: list[dict[str, Any]], max_tokens: int, **common: Any) -> tuple[list[Any], Any]:
-        """Answer these prompts at once at this length: counted answers, and the clock."""
+    def begin(self, llm: Any) -> None:
+        """Let the engine draft so many tokens from now on."""
         from vllm_steer.serving import probe
 
         if probe.can_vary(llm):
             probe.draft(llm, self.depth)
+
+    def drive(self, llm: Any, prompts: list[dict[str, Any]], max_tokens: int, **common: Any) -> tuple[list[Any], Any]:
+        """Answer these prompts at once at this length: counted answers, and the clock."""
+        from vllm_steer.serving import probe
+
+        self.begin(llm)
         asked = block_counting.tokens_to_ask(max_tokens, self.depth)
         ids = [prompt["ids"] for prompt in prompts]
         deliveries, clock = probe.drive(llm, ids, max_tokens=asked, batch=len(ids), **common)
@@ -119,10 +125,7 @@ def _at(llm: Any, size: int, ways: list[_Way], settings: dict[str, Any], prompts
 
 def _drafting(llm: Any, way: _Way, prompts: list[dict[str, Any]], settings: dict[str, Any]) -> float:
     """Seconds of a step that are the drafter's."""
-    from vllm_steer.serving import probe
-
-    if probe.can_vary(llm):
-        probe.draft(llm, way.depth)
+    way.begin(llm)
     common = {"batch": len(prompts), "temperature": settings["temperature"], "seed": settings["seed"]}
     common["max_tokens"] = block_counting.tokens_to_ask(settings["max_tokens"], way.depth)
     timed = drafting(llm, [prompt["ids"] for prompt in prompts], common)
