@@ -23,6 +23,7 @@ from vllm.v1.metrics.reader import Counter
 from vllm_steer.common import engine_options
 from vllm_steer.common.lenience import Lenience
 from vllm_steer.common.provenance import cpu_name
+from vllm_steer.serving.plan import on_v2
 
 
 @dataclass
@@ -82,14 +83,7 @@ def open_engine(
         options = engine_options.for_sampling() | options
     if drafter is not None:
         options["per_request_spec_decode_metrics"] = "detailed"
-        options["speculative_config"] = {
-            "model": drafter,
-            "num_speculative_tokens": k,
-            # Sampled requests lose acceptance with greedy drafts.
-            "draft_sample_method": "probabilistic" if sampled and method != "medusa" else "greedy",
-        }
-        if method is not None:
-            options["speculative_config"]["method"] = method
+        options["speculative_config"] = _speculative_config(drafter, k, sampled, method)
         if varying:
             options["speculative_config"]["num_speculative_tokens_per_batch_size"] = [[1, batch, k]]
     return LLM(
@@ -101,6 +95,13 @@ def open_engine(
         enable_prefix_caching=False,  # a full hit is answered with placeholder drafts
         disable_log_stats=False,
     )
+
+
+def _speculative_config(drafter: str, k: int, sampled: bool, method: str | None) -> dict[str, Any]:
+    # Sampled requests lose acceptance with greedy drafts.
+    drafts = "probabilistic" if sampled and method != "medusa" else "greedy"
+    found: dict[str, Any] = {"model": drafter, "num_speculative_tokens": k, "draft_sample_method": drafts}
+    return found if method is None else found | {"method": method}
 
 
 def drive(
@@ -166,9 +167,7 @@ def _deliver(answer: Delivery, delta: Any) -> None:
 
 def can_vary(llm: LLM) -> bool:
     """Whether `draft` can change the draft length: of an engine opened so, on V1. V2 makes every pass at any length."""
-    config: Any = llm.llm_engine.vllm_config
-    varies = getattr(_scheduler(llm), "dynamic_sd_lookup", None) is not None
-    return varies and not getattr(config, "use_v2_model_runner", False)
+    return _scheduler(llm).dynamic_sd_lookup is not None and not on_v2(llm.llm_engine.vllm_config)
 
 
 def draft(llm: LLM, k: int) -> None:
@@ -256,7 +255,7 @@ def describe(llm: LLM) -> dict[str, Any]:
     found: dict[str, Any] = {
         "vllm": vllm.__version__,
         "torch": torch.__version__,
-        "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
+        "runner": "V2" if on_v2(config) else "V1",
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "eager": config.model_config.enforce_eager,
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
