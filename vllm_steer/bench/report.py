@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from vllm_steer.common.errors import SteeringError
 
 GIB = 2**30
 RESULTS = "results.json"
@@ -39,6 +42,12 @@ def table(results: dict[str, Any]) -> str:
             lines += ["", *_categories(part["categories"])]
     judged = HOW_TO_READ_LENIENCE if results["settings"].get("judged") else ""
     return "\n".join([*lines, "", results.get("note", HOW_TO_READ) + judged])
+
+
+def require_matplotlib() -> None:
+    """Raise SteeringError where plots cannot be drawn: before anything is measured."""
+    if find_spec("matplotlib") is None:
+        raise SteeringError("plots need matplotlib: pip install matplotlib")
 
 
 def write(output: Path, results: dict[str, Any], text: str) -> None:

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +169,7 @@ def benchmark(config: BenchConfig) -> dict[str, Any]:
 
     Raises SteeringError for models, prompts or an output that cannot be used, and when an engine fails.
     """
-    if find_spec("matplotlib") is None:
-        raise SteeringError("plots need matplotlib: pip install matplotlib")
+    report.require_matplotlib()
     output = Path(config.output)
     with only_writer(output.resolve().parent / f".{output.name}.lock", config.output):
         return _benchmark(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
 
     Raises SteeringError for models, prompts or an output that cannot be used, and when an engine fails.
     """
+    report.require_matplotlib()
     output = Path(config.output)
     with only_writer(output.resolve().parent / f".{output.name}.lock", config.output):
         if not config.resume:
@@ -157,6 +159,7 @@ def _settings(config: TuneConfig, prompts: list[dict[str, Any]]) -> dict[str, An
         "max_tokens": config.max_tokens,
         "prompts": config.count,
         "prompt_ids": [prompt["id"] for prompt in prompts],
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
         "max_model_len": config.max_model_len,
         "engine": options.json_object("engine", config.engine),
         "seed": config.seed,

@@ -113,10 +113,11 @@ def describe(rows: Sequence[Row], held_out: Sequence[Row], name: str) -> str:
 
 def check_control(control: str, held_out: str) -> None:
     """Warn if the control was trained with another split: it may have seen the rows it is measured on here."""
+    places = [Path(control) / name for name in ("training.json", "record/config.json")]  # the second: block drafters
     try:
-        record = json.loads((Path(control) / "training.json").read_text(encoding="utf-8"))
+        record = json.loads(next(path for path in places if path.exists()).read_text(encoding="utf-8"))
         found = record["acceptance"]["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (StopIteration, OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # trained elsewhere, or not at all
     if found != held_out:
         log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -151,6 +152,14 @@ class Batches:
         with arguments.main_process_first(local=False, desc="caching states"):
             self.cache = StateCache(config.cache, rows, widths, made_from)
             self.cache.fill(read, config.batch_size)
+
+    def reading(self, layers: tuple[int, ...]) -> Batches:
+        """These batches for a reader of other target layers, which are read anew; itself for one of the same."""
+        if layers == self.layers:
+            return self
+        other = copy.copy(self)
+        other.layers, other.cache = layers, None
+        return other
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
         """What the data loader makes, on the CPU."""

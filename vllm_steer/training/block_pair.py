@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vllm_steer.common.errors import SteeringError
 from vllm_steer.decoding.rescoring import rescored
 from vllm_steer.drafters.block.drafter import BlockDrafter
 from vllm_steer.drafters.block.ngram import Ngram
@@ -35,8 +36,10 @@ class BlockPair(TrainedWeights):
     """A block drafter, and the target that embeds, reads out and judges for it; frozen, not a part of this module."""
 
     def __init__(self, drafter: BlockDrafter, target: PreTrainedModel, loss: Distance, k: int, anchors: int):
-        """`anchors`: blocks of a row in one step."""
+        """`anchors`: blocks of a row in one step. Raises SteeringError where `k` is more than the drafter drafts."""
         super().__init__()
+        if k > drafter.config.draft_length:
+            raise SteeringError(f"--k is {k}, {drafter.config.where} drafts {drafter.config.draft_length} at most")
         self.drafter, self.loss, self.k, self.anchors = drafter, loss, k, anchors
         self._target = [target]  # in a list: not a submodule
         self._refinement: tuple[Ngram, float] | None = None
@@ -70,6 +73,8 @@ class BlockPair(TrainedWeights):
 
     def forward(self, anchors: Tensor, **batch: Tensor) -> Tensor:
         """The weighted sum of the loss over all positions of all blocks, a scalar."""
+        if batch["input_ids"].shape[1] <= self.k:  # no row has room for a block: nothing to learn, nothing to divide
+            return sum(p.sum() for p in self.drafter.parameters() if p.requires_grad) * torch.zeros(())
         found = self.compare([self.loss], batch, anchors)[0] * self.weights
         return found[anchors >= 0].sum()
 
@@ -112,19 +117,22 @@ class BlockPair(TrainedWeights):
         places = anchors.clamp(min=1).minimum(torch.tensor(ids.shape[1] - k, device=ids.device))
         at = (places[..., None] + torch.arange(k, device=ids.device)).flatten(1)
         final = batch["final"]
-        wanted = final.gather(1, at[..., None].expand(-1, -1, final.shape[-1])).flatten(0, 1)
+        wanted = final.gather(1, at[..., None].expand(-1, -1, final.shape[-1])).unflatten(1, (-1, k))
         previous = ids.gather(1, at).unflatten(1, (-1, k))
         states = batch["states"].to(kind) if "states" in batch else final
         hidden = self.drafter.hidden(embed, ids.gather(1, places), states, final.to(kind), places, k)
-        got = self.drafter.corrected(hidden, embed, previous).flatten(0, 2)
-        head = Head(target)
-        own = self.drafter.head(head, 0)
+        got = self.drafter.corrected(hidden, embed, previous)
         if self._refinement is not None:
             # The tokens before go with the states: float32 holds every whole number a vocabulary has.
-            got = torch.cat([got.float(), previous.flatten()[:, None].float()], -1)
-            own = _Refined(own, *self._refinement)
-        found = by_position(functions, head, own, wanted, got, target.config.vocab_size)
-        return found.view(len(functions), *anchors.shape, k)
+            got = torch.cat([got.float(), previous[..., None].float()], -1)
+        head, found = Head(target), []
+        apart = k if self.drafter.readouts > 1 else 1  # all drafts at once where one head reads them out
+        for step, (w, g) in enumerate(zip(wanted.tensor_split(apart, 2), got.tensor_split(apart, 2), strict=True)):
+            own = self.drafter.head(head, step)
+            if self._refinement is not None:
+                own = _Refined(own, *self._refinement)
+            found.append(by_position(functions, head, own, w.flatten(0, 2), g.flatten(0, 2), target.config.vocab_size))
+        return torch.cat([each.view(len(functions), *anchors.shape, -1) for each in found], -1)
 
     def _room(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The first and the last place of each row, int64 [B], where a block can begin; last < first: none."""

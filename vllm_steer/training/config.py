@@ -183,6 +183,10 @@ class TrainConfig:
             raise SteeringError(
                 "--on-policy is for modes in which the drafter changes, joint and distill; --mode is steer"
             )
+        if self.on_policy and not round(self.on_policy * self.batch_size):
+            raise SteeringError(
+                f"--on-policy {self.on_policy} of --batch-size {self.batch_size} is no row: raise one of them"
+            )
         if self.on_policy and self.save_every % self.renew:
             raise SteeringError(
                 f"--save-every is {self.save_every} and --renew {self.renew}: with --on-policy give a --save-every "

@@ -1,4 +1,4 @@
-"""`vllm-steer ngram`: count which token follows which in responses, tune its weight, put it beside a block drafter.
+"""`vllm-steer ngram`: count which token follows which in training data, tune its weight, put it beside a block drafter.
 
 The weight alpha is tuned on held-out rows, as training measures acceptance: once for greedy drafts, once for drafts at
 temperature 1.
@@ -50,6 +50,10 @@ class CountConfig:
     successors: int = option(32, "successors kept of each token: the most frequent")
     batch_size: int = option(8, "rows per forward")
     max_length: int = option(1024, "tokens per row")
+    chat_template_kwargs: str = option("{}", "variables of the chat template, as JSON: as the drafter was trained")
+    log_model: str | None = option(
+        None, "the target's name in the log of a gateway, as for `vllm-steer train` (default: --target)", type=str
+    )
     dspark: str | None = option(
         None, "also write a DSpark drafter there, which vLLM's V2 runner serves without this plugin", type=str
     )
@@ -92,9 +96,8 @@ def count(config: CountConfig) -> Ngram:
             f"{config.drafter} is a {kind} drafter, which knows the token before: a bigram is for others"
         )
     tokenizer = load_tokenizer(config.target, config.target)
-    asked = TrainConfig(
-        target=config.target, data=config.data, output=str(output), kind=kind, max_length=config.max_length
-    )
+    read = ("target", "data", "max_length", "chat_template_kwargs", "log_model")
+    asked = TrainConfig(output=str(output), kind=kind, **{name: getattr(config, name) for name in read})
     rows, held_out = read_data(asked, tokenizer)
     drafter = checkpoint.load_for(config.drafter, config.target)
     size = drafter.config.vocab_size

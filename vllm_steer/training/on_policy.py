@@ -47,6 +47,7 @@ class Writer:
     prompts: list[Row]  # what may be answered anew
     fraction: float
     renew: int
+    rows: int  # written for each step, as many as its full batches take
     k: int
     seed: int
     eos: frozenset[int]
@@ -66,8 +67,8 @@ class Writer:
         sizes = [len(batch["input_ids"]) for batch in batches]
         counts = [round(self.fraction * size) for size in sizes]
         first = step - step % self.renew
-        if self._of != first:
-            self._write(first, self.renew * sum(counts))
+        if self._of != first:  # enough for full batches, also where the window begins with the short one of an epoch
+            self._write(first, self.renew * self.rows)
         rng = random.Random(f"{self.seed}:{step}:{self.rank}:take")
         return [
             self.source.replace(batch, rng.sample(self._pool, min(n, len(self._pool)))) if n else batch
@@ -166,4 +167,5 @@ def writer(
         return None
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     eos, rank = frozenset({tokenizer.eos_token_id, *ends} - {None}), int(os.environ.get("RANK", 0))
-    return Writer(pair, source, rows, config.on_policy, config.renew, config.k, config.seed, eos, rank)
+    written = round(config.on_policy * config.batch_size) * config.accumulate
+    return Writer(pair, source, rows, config.on_policy, config.renew, written, config.k, config.seed, eos, rank)

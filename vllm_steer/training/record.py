@@ -22,7 +22,7 @@ from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import write_json
 from vllm_steer.common.identity import difference, fingerprint
-from vllm_steer.common.provenance import public_name
+from vllm_steer.common.provenance import origin, public_name
 from vllm_steer.data import split
 from vllm_steer.data.dataset import Row, sha256
 from vllm_steer.training.config import TrainConfig
@@ -73,6 +73,30 @@ def require_same(config: TrainConfig, checkpoint: Path) -> None:
                 f"{what} was {_shown(was)} when {checkpoint.parent.parent} was started, and is {_shown(given)} now: "
                 "give the same to resume, or a new --output to start anew"
             )
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is whole: its trainer_state.json is what the Trainer writes last."""
+    found = sorted((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # killed while it was written
+            continue
+        return path
+    return None
+
+
+def provenance(config: TrainConfig) -> dict[str, Any]:
+    """How a checkpoint was made: the whole configuration, the data's hashes, versions, source commit, date (UTC)."""
+    given = dataclasses.asdict(config)
+    given |= {key: public_name(given[key]) for key in ("target", "drafter", "output", "cache", "control") if given[key]}
+    given["data"] = [public_name(path) for path in config.data]
+    return {
+        "command": options.command("train", given),
+        "identity": {name: fingerprint(model) for name in ("target", "drafter") if (model := getattr(config, name))},
+        "data_sha256": {public_name(path): sha256(path) for path in config.data},
+    } | origin("torch", "transformers")
 
 
 def begin(config: TrainConfig, held_out: list[Row], checkpoints: Path, last: Path | None) -> None:

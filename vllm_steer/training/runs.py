@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.identity import fingerprint
+from vllm_steer.common.options import flag
 from vllm_steer.common.provenance import public_name
 from vllm_steer.data.dataset import Row
 from vllm_steer.drafters.block import checkpoint as block_checkpoint
@@ -31,6 +33,8 @@ from vllm_steer.training.pair import Pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -124,12 +128,11 @@ def _block_drafter(config: TrainConfig, tokenizer: Any, target: PreTrainedModel)
         start_from_target(drafter, target)
     else:
         base = block_checkpoint.load_for(config.drafter, config.target)
-        if config.k > base.config.draft_length:
-            raise SteeringError(f"--k is {config.k}, {config.drafter} drafts {base.config.draft_length} at most")
+        _require_its_own(config, base.config)
         drafter = _as_kind(config, base)
     drafter.requires_grad_(not config.freeze_base)
     if config.kind == "medusa":
-        if len(drafter.lm_heads) != 1:
+        if drafter.readouts != 1:
             raise SteeringError(
                 f"{config.drafter} has a read-out per head: vllm-steer trains heads that share the target's"
             )
@@ -139,29 +142,52 @@ def _block_drafter(config: TrainConfig, tokenizer: Any, target: PreTrainedModel)
     return drafter
 
 
+def _require_its_own(config: TrainConfig, base: BlockConfig) -> None:
+    """Raise SteeringError for an option that contradicts the drafter to go on with."""
+    asked: dict[str, tuple[Any, Any]] = {}
+    if config.layers != 1:  # the default, of a new drafter
+        asked["layers"] = (config.layers, base.layers)
+    if config.target_layers is not None:
+        asked["target_layers"] = (tuple(config.target_layers), base.states)
+    if base.kind == "medusa" or config.k > base.draft_length:
+        asked["k"] = (config.k, base.draft_length)
+    for name, (given, its) in asked.items():
+        if given != its:
+            value = " ".join(map(str, its)) if isinstance(its, tuple) else its
+            raise SteeringError(
+                f"{flag(name)} is {given}, --drafter {config.drafter} has {its}: give {flag(name)} {value}"
+            )
+
+
 def _as_kind(config: TrainConfig, base: BlockDrafter) -> BlockDrafter:
-    """The drafter to go on with: `base`, or TreeFlash's form of DFlash layers."""
-    if base.config.kind == config.kind:
+    """The drafter to go on with: `base`, or TreeFlash's form of DFlash layers, with blocks of `config.k` drafts."""
+    kinds, raw = (base.config.kind, config.kind), dict(base.config.raw)
+    if kinds != ("dflash", "treeflash") and kinds[0] != kinds[1]:
+        raise SteeringError(f"--drafter {config.drafter} is a {kinds[0]} drafter, --kind is {config.kind}")
+    if kinds[1] == "medusa":
         return base
-    if (base.config.kind, config.kind) != ("dflash", "treeflash"):
-        raise SteeringError(f"--drafter {config.drafter} is a {base.config.kind} drafter, --kind is {config.kind}")
-    raw = base.config.raw | {
-        "architectures": [WRITTEN_AS["treeflash"]],
-        "treeflash_config": {"ar_approximation": APPROXIMATION},
-    }
+    if config.k < base.config.draft_length:
+        log.info("blocks of %d drafts: %s had %d", config.k, config.drafter, base.config.draft_length)
+        raw["block_size"] = config.k + 1
+    if kinds[0] != kinds[1]:
+        raw |= {
+            "architectures": [WRITTEN_AS["treeflash"]],
+            "treeflash_config": {"ar_approximation": APPROXIMATION},
+        }
     drafter = BlockDrafter(BlockConfig.of(raw, base.config.where))
-    drafter.load_state_dict(base.state_dict(), strict=False)
+    drafter.load_state_dict(base.state_dict(), strict=kinds[0] == kinds[1])
     return drafter
 
 
-def control(config: TrainConfig, target: PreTrainedModel) -> Pair | BlockPair:
-    """The pair of `config.control`."""
+def control(config: TrainConfig, made: Run) -> tuple[Pair | BlockPair, Batches]:
+    """The pair of `config.control`, and what it reads: a block drafter has target layers of its own."""
     assert config.control is not None
+    target, loss = made.target, LOSSES[config.loss]
     if is_block_drafter(config.control):
         drafter = block_checkpoint.load_for(config.control, config.target)
-        return BlockPair(drafter, target, LOSSES[config.loss], config.k, config.anchors)
+        return BlockPair(drafter, target, loss, config.k, config.anchors), made.source.reading(drafter.config.states)
     load_tokenizer(config.target, config.control)
-    return Pair(load_model(config.control, torch.float32), None, target, LOSSES[config.loss])
+    return Pair(load_model(config.control, torch.float32), None, target, loss), made.source
 
 
 def require_same_tokens(config: TrainConfig) -> Any:

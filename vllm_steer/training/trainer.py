@@ -26,10 +26,8 @@ from torch import Tensor, nn
 from vllm_steer.common import options
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.files import only_writer, refuse_used
-from vllm_steer.common.identity import fingerprint
-from vllm_steer.common.provenance import origin, public_name
+from vllm_steer.common.provenance import public_name
 from vllm_steer.data import split
-from vllm_steer.data.dataset import sha256
 from vllm_steer.drafters.models import read_model_config, text_config
 from vllm_steer.drafters.tokenizer import require_embeddings
 from vllm_steer.training import on_policy, record, runs, writing
@@ -102,24 +100,14 @@ def before_training(config: TrainConfig) -> None:
             "elsewhere"
         )
     if not config.resume:
-        refuse_used(output, "give a new one, or --resume a stopped run")
+        refuse_used(output, "give a new one, or --resume a run that was stopped after its first checkpoint")
         return
-    last = last_checkpoint(output)
+    last = record.last_checkpoint(output)
     if last is None:
-        raise SteeringError(f"{output} has no checkpoint to resume from: start without --resume")
+        raise SteeringError(
+            f"{output} has no checkpoint to resume from: delete it if it exists, and start without --resume"
+        )
     record.require_same(config, last)
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that is whole: its trainer_state.json is what the Trainer writes last."""
-    found = sorted((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in reversed(found):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # killed while it was written
-            continue
-        return path
-    return None
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -161,7 +149,10 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
         rows, ends = [everything[i] for i in training], made.target.generation_config
         writer = on_policy.writer(config, pair, source, rows, tokenizer, ends)
     trainer = _trainer(config, pair, source, training, arguments, judge, writer)
-    checkpoints, last = Path(arguments.output_dir), last_checkpoint(Path(config.output)) if config.resume else None
+    checkpoints, last = (
+        Path(arguments.output_dir),
+        record.last_checkpoint(Path(config.output)) if config.resume else None,
+    )
     if trainer.is_world_process_zero():
         record.begin(config, held_out, checkpoints, last)
         log.info("%s", forecast(pair, source, training, config, last, judging))
@@ -174,7 +165,7 @@ def _train(config: TrainConfig) -> dict[str, Any] | None:
     writing.round_weights(pair, made.stored)
     acceptance = {"data": data, "untrained": before, "trained": judge()} | own | control
     _warn_of_harm(acceptance)
-    made.write(_provenance(config) | record.resumptions(checkpoints), acceptance)
+    made.write(record.provenance(config) | record.resumptions(checkpoints), acceptance)
     plot_training(Path(config.output) / "training.png", acceptance, trainer.state.log_history)
     if not config.ray:  # Ray Train still writes there
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -204,8 +195,10 @@ def _judge_control(config: TrainConfig, made: runs.Run, held_out: list[int]) -> 
     """{"control": its acceptance on the held-out rows}, or {} when none was given."""
     if config.control is None:
         return {}
-    pair = runs.control(config, made.target).to(made.source.device)
-    return {"control": {"drafter": public_name(config.control)} | _judge(pair, made.source, held_out, config)}
+    pair, source = runs.control(config, made)
+    return {
+        "control": {"drafter": public_name(config.control)} | _judge(pair.to(source.device), source, held_out, config)
+    }
 
 
 def _arguments(config: TrainConfig) -> Any:
@@ -260,6 +253,7 @@ def _trainer(
         train_dataset=rows,
         eval_dataset=range(1),  # `evaluate` has its own rows
         data_collator=source.collate,
+        callbacks=[_own_pace()],
         optimizers=(_optimizer(config, pair), None),
     )
     trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the number of positions of the whole step
@@ -292,7 +286,8 @@ def _trainer_class(
             rng = random.Random(self._seed(inputs))
             assert num_items_in_batch is not None
             total = model(pair.draw(config, batch, rng), **batch)
-            loss = total * self.accelerator.num_processes / num_items_in_batch  # gradients of processes are averaged
+            # Gradients of processes are averaged; a step whose rows have no position to learn from changes nothing.
+            loss = total * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
             if not torch.isfinite(loss):
                 _stop_at(config, self.state.global_step, loss, inputs)
             return loss
@@ -309,6 +304,17 @@ def _trainer_class(
             return metrics
 
     return PairTrainer
+
+
+def _own_pace() -> Any:
+    """A resumed run evaluates and saves as often as it is told to now, not as its checkpoint was."""
+    from transformers import TrainerCallback
+
+    class OwnPace(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            state.compute_steps(args, state.max_steps)
+
+    return OwnPace()
 
 
 def _optimizer(config: TrainConfig, pair: Pair | BlockPair) -> torch.optim.Optimizer:
@@ -329,18 +335,6 @@ def _stop_at(config: TrainConfig, step: int, loss: Tensor, inputs: dict[str, Ten
     rows = {name: inputs[name].tolist() for name in ("input_ids", "attention_mask", "prompt_lengths")}
     path.write_text(json.dumps({"step": step} | rows) + "\n", encoding="utf-8")
     raise SteeringError(
-        f"the loss is {loss.item()} at step {step}; its batch is in {path}: lower --lr and --drafter-lr, or "
-        "--precision float32; --resume starts from the last checkpoint"
+        f"the loss is {loss.item()} at step {step}; its batch is in {path}: lower --lr and --drafter-lr, or give "
+        "--precision float32, and start with a new --output"
     )
-
-
-def _provenance(config: TrainConfig) -> dict[str, Any]:
-    """How a checkpoint was made: the whole configuration, the data's hashes, versions, source commit, date (UTC)."""
-    given = dataclasses.asdict(config)
-    given |= {key: public_name(given[key]) for key in ("target", "drafter", "output", "cache", "control") if given[key]}
-    given["data"] = [public_name(path) for path in config.data]
-    return {
-        "command": options.command("train", given),
-        "identity": {name: fingerprint(model) for name in ("target", "drafter") if (model := getattr(config, name))},
-        "data_sha256": {public_name(path): sha256(path) for path in config.data},
-    } | origin("torch", "transformers")

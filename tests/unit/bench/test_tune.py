@@ -120,6 +120,11 @@ def test_a_real_tuning(tmp_path: Path, engines: list[list[int]]) -> None:
     assert json.loads(json.dumps(again["measured"])) == json.loads(json.dumps(found["measured"])), "nothing anew"
     with pytest.raises(SteeringError, match="was measured with max_tokens 16, now it is 8"):
         tune.tune(options(tmp_path, max_tokens=8, resume=True))
+    lines = [json.loads(line) for line in (PAIR / "heldout.jsonl").read_text().splitlines()]
+    others = [line | {"prompt": "import os\n" + line["prompt"]} for line in lines]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(line) + "\n" for line in others))
+    with pytest.raises(SteeringError, match="was measured with prompts_sha256"):
+        tune.tune(options(tmp_path, prompts=str(tmp_path / "others.jsonl"), resume=True))
 
 
 def test_on_v2_each_length_has_an_engine(

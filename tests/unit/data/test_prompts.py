@@ -39,6 +39,14 @@ def test_every_form_of_a_line(tmp_path: Path) -> None:
     ]
 
 
+def test_only_numbers_are_answers_to_compare(tmp_path: Path) -> None:
+    given = ["42", "so it is 1,000", "Paris", ""]
+    source = write(tmp_path / "p.jsonl", *({"prompt": "x", "id": str(i), "answer": a} for i, a in enumerate(given)))
+    assert [prompt.expected for prompt in read_prompts(source)] == [
+        {"answer": "42"}, {"answer": "so it is 1,000"}, None, None
+    ]  # fmt: skip
+
+
 BAD = [
     (b'{"prompt": "x"', "not valid JSON"),
     (b'{"prompt": "caf\xe9"}', "not UTF-8 (invalid continuation byte at byte 15)"),

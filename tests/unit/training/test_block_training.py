@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from blocks import DFLASH, TARGET, TREEFLASH
+from blocks import DFLASH, TARGET, TREEFLASH, make_block
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -113,8 +114,11 @@ def test_prediction_is_the_exact_walk(tmp_path: Path) -> None:
     """On the target's own greedy text, predicted greedy acceptance is the reference loop's, block for block."""
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     prompt = list(range(30, 70))
+    apart = checkpoint.load(make_block(tmp_path / "medusa", TARGET, "medusa", original_lm_head=False))
+    for step, head in enumerate(apart.lm_heads):
+        head.weight.copy_(target.get_output_embeddings().weight.detach().roll(step, 0))  # a read-out per head
     for drafter, refinement in (
-        (checkpoint.load(TREEFLASH), None), (checkpoint.load(DFLASH), ngram.load(DFLASH))
+        (checkpoint.load(TREEFLASH), None), (checkpoint.load(DFLASH), ngram.load(DFLASH)), (apart, ngram.load(DFLASH))
     ):  # fmt: skip
         own = None if refinement is None else Refinement(refinement, 0.4)
         found = generate(target, drafter, prompt, refinement=own, max_new_tokens=61)
@@ -142,6 +146,51 @@ def test_the_loss_weighs_every_block_once(data: Path) -> None:
     assert pair.positions(collate(rows)) == 2 * 2 * 5  # the third row has no room for a block
 
 
+@pytest.mark.parametrize("row", [Row((1, 2, 3), 1), Row((1, 2, 3, 4, 5, 6, 7, 8), 6)])
+def test_a_step_of_rows_without_room_changes_nothing(row: Row) -> None:
+    target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    pair = BlockPair(checkpoint.load(DFLASH).requires_grad_(True), target, forward_kl, 5, 2)
+    batch = collate([row])
+    batch |= read_target(target, batch, pair.drafter.config.states)
+    loss = pair(pair.draw(options(Path("x"), Path("x")), batch, random.Random(0)), **batch)
+    loss.backward()
+    assert pair.positions(batch) == loss.item() == 0
+    assert not any(p.grad is not None and p.grad.any() for p in pair.drafter.parameters())
+
+
+def test_training_goes_on_where_a_batch_has_short_rows_only(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt_ids": [i + 1, 5, 6], "response_ids": [7, 8, 9, 10] * (8 if i % 4 == 0 else 1)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = trainer.train(options(path, tmp_path / "out", batch_size=1, steps=8))
+    assert found is not None and found["trained"]["positions"] > 0
+
+
+def test_a_control_reads_its_own_layers(data: Path, tmp_path: Path) -> None:
+    """The same numbers beside a drafter that reads no layer, other layers from a cache, and the same ones."""
+    found = []
+    for i, own in enumerate([dict(kind="medusa"), dict(target_layers=(1, 2)), dict(target_layers=LAYERS)]):
+        own["cache"] = str(tmp_path / f"cache{i}")
+        made = trainer.train(options(data, tmp_path / f"out{i}", steps=1, control=str(DFLASH), **own))
+        assert made is not None
+        found.append(made["control"])
+    for other in found[1:]:
+        assert other["acceptance_length"] == pytest.approx(found[0]["acceptance_length"], abs=0.01)
+    assert found[0]["acceptance_length"]["sampled"] > 1.05
+
+
+def test_a_control_of_another_split_is_named(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer.train(options(data, tmp_path / "out", steps=1, control=str(TREEFLASH)))
+    assert "its training may have seen rows that both are measured on" in caplog.text
+
+
+def test_shorter_blocks_are_written_as_they_were_trained(data: Path, tmp_path: Path) -> None:
+    for kind in ("dflash", "treeflash"):
+        config = options(data, tmp_path / kind, kind=kind, drafter=str(DFLASH), k=3, steps=1)
+        trainer.train(config)
+        assert checkpoint.load(tmp_path / kind).config.draft_length == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -166,7 +215,9 @@ def test_options_that_do_not_go_together(changes: dict[str, Any], words: str, da
         (dict(target_layers=(0, 1)), "allowed for DFlash are inputs 1 to 3"),
         (dict(target_layers=(1, 4)), "allowed for DFlash are inputs 1 to 3"),
         (dict(drafter=str(TREEFLASH)), "is a treeflash drafter, --kind is dflash"),
-        (dict(drafter=str(DFLASH), k=6), "--k is 6"),
+        (dict(drafter=str(DFLASH), k=6), "--k is 6, --drafter"),
+        (dict(drafter=str(DFLASH), layers=2), "--layers is 2, --drafter"),
+        (dict(drafter=str(DFLASH), target_layers=(1, 2)), "give --target-layers 1 2 3"),
         (dict(drafter=str(TARGET)), "allowed for a block drafter is one of"),
     ],
 )
@@ -196,6 +247,19 @@ def test_ngram_counts_tunes_and_writes(data: Path, tmp_path: Path, capsys: pytes
         cli.main([*words[:3], "--drafter", str(TREEFLASH), "--data", str(data), "--output", str(tmp_path / "x")]) == 1
     )
     assert "knows the token before" in capsys.readouterr().err
+
+
+def test_ngram_reads_its_data_as_training_did(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = tmp_path / "log.jsonl"
+    answer = {"model": "served", "choices": [{"index": 0, "text": "def f():\n    return 1\n" * 3}]}
+    asked = [{"model": "served", "prompt": f"import a{i}\n"} for i in range(24)]
+    log.write_text("".join(json.dumps({"request": each, "response": answer}) + "\n" for each in asked))
+    words = ["ngram", "--target", str(TARGET), "--drafter", str(DFLASH), "--data", str(log), "--output", str(tmp_path)]
+    assert cli.main(words) == 1 and "answers of other models" in capsys.readouterr().err
+    assert cli.main([*words, "--chat-template-kwargs", "{"]) == 1
+    assert "--chat-template-kwargs is not valid JSON" in capsys.readouterr().err
+    assert cli.main([*words, "--log-model", "served"]) == 0
+    assert "--log-model served" in ngram.load(tmp_path).config.provenance["command"]
 
 
 def test_check_serve_and_push(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

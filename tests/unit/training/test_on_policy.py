@@ -113,7 +113,7 @@ def test_written_rows_take_the_last_places_with_states_of_their_own(
 def test_the_pool_is_of_the_weights_and_the_step(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     target, drafter = models(folder)
     source, pair = batches(folder, None, tmp_path), Pair(drafter, None, target, losses.LOSSES["jsd"]).train()
-    common: dict[str, Any] = {"fraction": 0.5, "renew": 4, "k": K, "eos": frozenset()}
+    common: dict[str, Any] = {"fraction": 0.5, "renew": 4, "rows": 1, "k": K, "eos": frozenset()}
 
     def make(seed: int = 1, **more: int) -> Writer:
         return Writer(pair, source, ROWS, seed=seed, **common, **more)
@@ -127,6 +127,9 @@ def test_the_pool_is_of_the_weights_and_the_step(folder: Path, tmp_path: Path) -
     assert again == at[4] != at[0]
     assert make(seed=2).replace(batch, 4)[0]["input_ids"].tolist() != again
     assert make(rank=1).replace(batch, 4)[0]["input_ids"].tolist() != again
+    late = make()
+    late.replace([collate(ROWS[:1])], 0)  # the short batch of an epoch begins a window
+    assert len(late.replace(batch, 1)[0]["input_ids"]) == 2 and len(late._pool) == 4
     assert writer.report(10.0)["tokens"] > 0 and 0 < writer.report(10.0)["share_of_time"] < 1
 
 
@@ -162,6 +165,7 @@ def test_a_resumed_run_writes_what_the_first_one_wrote(folder: Path, tmp_path: P
         (dict(on_policy=1.1), "--on-policy is 1.1, allowed is 0 to 1"),
         (dict(on_policy=0.5, mode="steer"), "--mode is steer"),
         (dict(on_policy=0.5, save_every=30, renew=20), "--save-every that --renew divides"),
+        (dict(on_policy=0.1, batch_size=4), "--on-policy 0.1 of --batch-size 4 is no row"),
         (dict(renew=0), "--renew is 0, allowed is 1 or more"),
         (dict(on_policy=0.5, kind="dflash", drafter=None), "--on-policy is 0.5, which --kind dflash does not have"),
     ],

@@ -36,7 +36,7 @@ def stopped(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(losses.LOSSES, "jsd", stopping)
         trainer.train(options(folder, path, **RUN))
-    assert trainer.last_checkpoint(path) == path / "checkpoints/checkpoint-2"
+    assert record.last_checkpoint(path) == path / "checkpoints/checkpoint-2"
     return path
 
 
@@ -127,11 +127,20 @@ def test_another_number_of_processes_is_refused(stopped: Path, folder: Path, tmp
         trainer.before_training(again(stopped, folder, tmp_path))
 
 
-def test_what_may_change_is_recorded(stopped: Path, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_what_may_change_is_recorded(stopped: Path, folder: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    evaluated: list[int] = []
+    plot = trainer.plot_training
+
+    def plotting(path: Path, acceptance: Any, history: list[dict[str, Any]]) -> None:
+        evaluated.extend(entry["step"] for entry in history if "eval_overlap" in entry)
+        plot(path, acceptance, history)
+
+    monkeypatch.setattr(trainer, "plot_training", plotting)
     trainer.train(again(stopped, folder, tmp_path, steps=6, save_every=1, keep="last", control=str(folder / "drafter")))
     provenance = checkpoint.load(tmp_path / "out").config.provenance
     (resumed,) = provenance["resumed"]
     assert (resumed["at_step"], resumed["steps"]) == (2, 6)
+    assert evaluated == [2, 3, 4, 5, 6], "as often as --save-every says now"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["acceptance.json", "steering", "training.png"]
 
 

@@ -35,7 +35,7 @@ from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import Steering
 from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.training import config as run_config
-from vllm_steer.training import losses, trainer, writing
+from vllm_steer.training import losses, record, trainer, writing
 from vllm_steer.training.acceptance import fixed_sources, measure_directory, walk
 from vllm_steer.training.batches import read_data
 from vllm_steer.training.config import MODES, TrainConfig
@@ -588,7 +588,7 @@ def test_rows_are_formatted_as_they_are_served(folder: Path, tmp_path: Path) -> 
         config = options(tmp_path, tmp_path / f"out{last}", chat_template_kwargs=kwargs, mode="joint")
         rows, held_out = read_data(config, load_tokenizer(config.target, config.drafter))
         assert {row.prompt for row in [*rows, *held_out]} == {(1, i, last) for i in range(11, 19)}
-        assert f"--chat-template-kwargs '{kwargs}'" in trainer._provenance(config)["command"]
+        assert f"--chat-template-kwargs '{kwargs}'" in record.provenance(config)["command"]
     trainer.train(config)
     served = AutoTokenizer.from_pretrained(tmp_path / "target")
     assert AutoTokenizer.from_pretrained(tmp_path / "out3").chat_template == served.chat_template

@@ -66,6 +66,11 @@ class BlockDrafter(nn.Module):
             return normed
         return self.model.norm(hidden + self.ar_approximation(embed(previous), normed))
 
+    @property
+    def readouts(self) -> int:
+        """How many read-outs it has: 1, or one for each head of a Medusa drafter that was trained that way."""
+        return len(self.lm_heads) if self.config.kind == "medusa" else 1
+
     def head(self, target_head: Callable[[Tensor], Tensor], step: int) -> Callable[[Tensor], Tensor]:
         """The read-out of draft `step`, counted from 0: [N, H] -> logits [N, V]."""
         if self.config.kind != "medusa":
