@@ -118,6 +118,9 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
         speculator = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.speculator
         injection = getattr(speculator, "injection", None)
         if setting:
+            if (filters := speculator._filters) is not None:  # as vLLM's warm-up leaves them, which is before capture
+                filters.active = filters._any_top_k = True
+                filters._requests, filters._top_k[:] = 1, 1
             speculator.capture()
             found["entries"] = [int(injection.entry.any()), int(injection.deltas[0].any())] if injection else [0, 0]
         pointers = [injection.entry.data_ptr(), injection.deltas.data_ptr()] if injection else []

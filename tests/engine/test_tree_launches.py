@@ -56,7 +56,7 @@ def serve_job(job: dict[str, Any]) -> dict[str, Any]:
     copies = [0]
     own = [
         *((layout.Rows, name) for name in ("__init__", "place", "find_pages", "forks", "choose", "commits", "shown")),
-        *((layout.Rows, name) for name in ("kept", "count_winners")),
+        *((layout.Rows, name) for name in ("kept", "count_winners", "following")),
         *((kind, name) for kind in (drafting.Growth, drafting.AdaptiveGrowth) for name in ("grow", "nodes")),
         (drafting.Growth, "step"),
     ]
@@ -101,6 +101,7 @@ def test_what_a_tree_launches_depends_on_its_shape_alone(name: str, of: str, tmp
         assert not [each for calls in found.values() for each in calls if each["waits"]]
         kinds.append({method: {each["launches"] for each in calls} for method, calls in found.items()})
     assert kinds[0] == kinds[1]
+    assert bool(kinds[0].pop("following")) == (name == "v2"), "V1 has the drafts in its own metadata"
     assert all(len(launches) == 1 for method, launches in kinds[0].items() if method not in ("grow", "nodes"))
     runner.close()
 

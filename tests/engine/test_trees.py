@@ -224,6 +224,26 @@ def test_seeded_output_is_the_targets_own(
 
 
 @pytest.mark.parametrize("runner", ["v2"])
+def test_coupled_drafts_cut_to_chains_are_the_targets_too(
+    sampled: tuple[Path, Path, Path], runner: str, runners: Any
+) -> None:
+    """A budget of tokens that never has room for a second row: drafts share the target's noise all the same."""
+    target, _, steered = sampled
+    rows = [random_prompt(3, seed=i, vocab_size=lossless.VOCAB) for i in range(6)]
+    calls = [{"prompts": rows, "sampling": [{"temperature": 1.0, "seed": i, "max_tokens": 20} for i in range(6)]}]
+    budget = {"max_num_seqs": 1, "max_num_batched_tokens": 4}
+    options = tree(3, 1, 1)
+    options["additional_config"]["vllm_steer"]["tree_verification"] = "coupled"
+    found = runners(runner).run(
+        target, spec(steered, 3, draft_sample_method="probabilistic"), calls, **budget, **options
+    )
+    assert found["error"] is None, found["log"][-4000:]
+    alone = runners(runner).run(target, None, calls, **budget)["calls"][0]
+    assert found["calls"][0]["tokens"] == alone["tokens"]
+    assert sum(map(len, found["calls"][0]["blocks"])) < 0.9 * 6 * 20
+
+
+@pytest.mark.parametrize("runner", ["v2"])
 def test_recursive_rejection(sampled: tuple[Path, Path, Path], runner: str, runners: Any) -> None:
     """The distribution, with greedy requests and filters in the batch."""
     target, _, steered = sampled

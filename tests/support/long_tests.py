@@ -51,6 +51,7 @@ LONG = {  # in tests/: a test's name stands for all its parameters
     ),
     "engine/test_trees.py": (
         "test_compiled_rows_are_the_same[v1-inductor]",
+        "test_coupled_drafts_cut_to_chains_are_the_targets_too",
         "test_features_come_out_as_from_the_target_alone[v2]",
         "test_lora_on_the_target[v2]",
         "test_seeded_output_is_the_targets_own[greedy-v2]",

@@ -15,6 +15,7 @@ from vllm_steer.drafters.models import read_model_config
 from vllm_steer.drafters.steered import checkpoint as steered
 
 FILES = (checkpoint.CONFIG, "*.safetensors", "*.safetensors.index.json", f"{ngram.FOLDER}/*", f"{checkpoint.RECORD}/*")
+SERVE = "## Serve\n\nWith vllm-steer installed beside vLLM:"  # of a model card
 
 
 def resolve(source: str | Path) -> Path:
@@ -111,7 +112,7 @@ def card(directory: Path, repo: str, license_name: str | None, ours: str, tables
         ours,
         f"# A {config.kind} drafter for the target {record.target}",
         f"{KINDS[config.kind].capitalize()}; {config.draft_length} drafts in one pass.",
-        f"## Serve\n\n    pip install vllm-steer\n    {fetch}\n    {serve}",
+        f"{SERVE}\n\n    {fetch}\n    {serve}",
         _acceptance(record, ngram.load(directory) if ngram.has_ngram(directory) else None),
         *(tables or ["Not measured in vLLM: there is no `vllm-steer bench` result with this card."]),
         "## How it was made\n\n```json\n" + json.dumps(record.provenance, indent=2) + "\n```",

@@ -178,11 +178,11 @@ def _what(config: SteeringConfig, adapter: bool) -> str:
 def _serve(config: SteeringConfig, repo: str, adapter: bool) -> str:
     k = config.draft_length or 5
     model = config.drafter.name if adapter else repo
-    speculation = json.dumps({"model": model, "num_speculative_tokens": k})
-    lines = ["pip install vllm-steer", f"vllm serve {config.target.name} --speculative-config '{speculation}'"]
+    speculation = json.dumps({"model": model, "num_speculative_tokens": k, "draft_sample_method": "probabilistic"})
+    line = f"vllm serve {config.target.name} --speculative-config '{speculation}'"
     if adapter:
-        lines[-1] += f" --additional-config '{json.dumps({'vllm_steer': {'adapter': repo}})}'"
-    return "## Serve\n\n" + "\n".join("    " + line for line in lines)
+        line += f" --additional-config '{json.dumps({'vllm_steer': {'adapter': repo}})}'"
+    return f"{block.SERVE}\n\n    {line}"
 
 
 def _acceptance(config: SteeringConfig, tables: list[str]) -> str:

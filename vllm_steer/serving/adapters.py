@@ -32,7 +32,7 @@ def swap(injection: Injection, vllm_config: Any, name: object) -> str | None:
     Every worker calls this at the same step. Until they have agreed, and if they do not, the old steering serves.
     """
     try:
-        staged, error = _load(injection, vllm_config, name), None
+        staged, error = injection.place(_load(injection, vllm_config, name)), None
     except Exception as found:  # whatever is wrong with a file; what a worker raises would end its engine
         staged, error = None, str(found) if isinstance(found, SteeringError) else f"{type(found).__name__}: {found}"
     if not _all_agree(staged is not None):

@@ -15,13 +15,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vllm_steer.common.errors import SteeringError
 from vllm_steer.drafters.steered import checkpoint
+from vllm_steer.drafters.steered.config import SteeringConfig
 from vllm_steer.drafters.steered.module import NORM_EPS, Steering
 from vllm_steer.serving.activation import GATE_FIRST, CpuRows, SteeredActivation, gated_mlps, require_width
 from vllm_steer.serving.plan import Plan
@@ -34,6 +35,14 @@ INITIAL = "initial"  # the name of the steering that an engine started with
 # The fuse adds three states of which each may be near float16's end (outlier channels of the residual stream reach
 # 1e4); the LayerNorm that follows takes the factor out again.
 FLOAT16_FACTOR = 2.0**-6
+
+
+class Placed(NamedTuple):
+    """One rank's share of a steering, ready to be used."""
+
+    steering: Steering
+    config: SteeringConfig
+    fuse_bias: Tensor  # [H], by the factor of the fuse
 
 
 class Injection:
@@ -54,7 +63,7 @@ class Injection:
         self._tp = tp_rank, tp_size
         self._where = device, dtype
         self._scale = plan.scale
-        self.take(steering, INITIAL)
+        self.take(self.place(steering), INITIAL)
         n, hidden = plan.max_num_seqs, self.config.target.hidden_size
         self.width = self.config.drafter.intermediate_size // tp_size
         self.deltas = torch.zeros(n + 1, self.config.num_steered, self.width, device=device, dtype=dtype)
@@ -67,15 +76,19 @@ class Injection:
         self._cpu_rows = CpuRows()
         self._drafting = False  # `entry` is that of the later passes
 
-    def take(self, steering: Steering, name: str) -> None:
-        """Draft with this steering, of the same form as the last one, from the next round on."""
+    def place(self, steering: Steering) -> Placed:
+        """This rank's share of a steering, on the device: all that can fail or run out of memory before `take`."""
         device, dtype = self._where
         placed = _shard(steering, *self._tp).to(device=device, dtype=dtype).requires_grad_(False)
         fuse_bias = placed.fuse.bias * self.factor
         if self._cpu:
             _multiply_like_vllm(placed)
-        self.steering, self.config, self.adapter, self._fuse_bias = placed, steering.config, name, fuse_bias
-        self.scale = self._scale
+        return Placed(placed, steering.config, fuse_bias)
+
+    def take(self, placed: Placed, name: str) -> None:
+        """Draft with this steering, of the same form as the last one, from the next round on."""
+        self.steering, self.config, self._fuse_bias = placed
+        self.adapter, self.scale = name, self._scale
 
     @property
     def scale(self) -> float:

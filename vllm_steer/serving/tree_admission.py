@@ -45,8 +45,12 @@ def admit(vllm_config: VllmConfig, shape: TreeShape) -> None:
 
 
 def say_so(vllm_config: Any, shape: TreeShape) -> None:
-    """Log, in a worker, which tree is drafted and what it reserves."""
+    """Log, in a worker, which tree is drafted and what it reserves.
+
+    Raises SteeringError where that is the whole context: vLLM may have chosen the block size after `admit`.
+    """
     block = vllm_config.cache_config.block_size
+    _require_context(shape, block, vllm_config.model_config.max_model_len)
     logger.info(
         "draft trees are on: %s, %d rows of %d tokens to verify for each request, which reserve %d slots of its KV "
         "cache beyond its tokens",
@@ -109,7 +113,10 @@ def _require_room(vllm_config: Any, shape: TreeShape) -> None:
             f"{(scheduler.max_num_batched_tokens - 1) // shape.leaves}, raise --max-num-batched-tokens, or give a "
             "smaller tree"
         )
-    block, length = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    _require_context(shape, vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
+
+
+def _require_context(shape: TreeShape, block: int | None, length: int) -> None:
     if block is not None and shape.lookahead(block) >= length:
         raise SteeringError(
             f"the rows of the tree {shape} need {shape.lookahead(block)} slots of a request's KV cache at "

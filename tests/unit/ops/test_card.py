@@ -28,7 +28,8 @@ def steered(tmp_path: Path) -> Path:
 def test_a_card_says_what_is_on_record(steered: Path) -> None:
     text = hub.card(steered, "me/steered")
     config = json.loads((steered / "steering/config.json").read_text())
-    assert 'vllm serve target --speculative-config \'{"model": "me/steered", "num_speculative_tokens": 5}\'' in text
+    spec = '{"model": "me/steered", "num_speculative_tokens": 5, "draft_sample_method": "probabilistic"}'
+    assert f"vllm serve target --speculative-config '{spec}'" in text and "vllm-steer installed" in text
     assert str(config["acceptance"]["trained"]["block_efficiency"]["sampled"]) in text  # as 0.1.0 wrote it
     assert "Not measured in vLLM" in text and "not a measurement of serving" in text
     assert config["provenance"]["command"] in json.loads(text.split("```json\n")[1].split("```")[0])["command"]

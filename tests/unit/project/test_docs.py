@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -11,6 +12,7 @@ import pytest
 from repository import ROOT
 
 from vllm_steer import cli
+from vllm_steer.serving.plan import Options
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -92,3 +94,9 @@ def test_what_these_tests_find(tmp_path: Path) -> None:
     assert dead_links(page) == ["page.md#no", "gone.md"]
     assert commands(page.read_text()) == [["check", "X", "--no"]] and refused(["check", "X", "--no"])
     assert refused(["train", "--target", "T"]) and not refused(["check", "X"])
+
+
+def test_every_option_of_the_engine_is_explained() -> None:
+    text = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `(\w+)` \|", text.split("## Environment")[0], re.MULTILINE))
+    assert explained == {field.name for field in dataclasses.fields(Options)}

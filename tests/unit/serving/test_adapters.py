@@ -32,7 +32,8 @@ def engine(pair: Any, root: Path | None) -> tuple[Any, Any]:
         config=config,
         adapter="initial",
         plan=types.SimpleNamespace(source=str(pair.steered), revision=None),
-        take=lambda steering, name: taken.append(name),
+        place=lambda steering: steering,
+        take=lambda placed, name: taken.append(name),
         taken=taken,
     )
     own = {} if root is None else {"vllm_steer": {"adapters": str(root)}}
@@ -62,6 +63,17 @@ def test_one_is_taken_over_and_the_first_one_again(pair: Any, tmp_path: Path) ->
     assert adapters.swap(injection, config, "mine") is None
     assert adapters.swap(injection, config, "initial") is None
     assert injection.taken == ["mine", "initial"]
+
+
+def test_a_device_without_room_keeps_the_old_one(pair: Any, tmp_path: Path) -> None:
+    other(pair, tmp_path / "mine")
+    injection, config = engine(pair, tmp_path)
+
+    def full(steering: Steering) -> None:
+        raise RuntimeError("out of memory")
+
+    injection.place = full
+    assert adapters.swap(injection, config, "mine") == "RuntimeError: out of memory" and not injection.taken
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,9 @@ from vllm_steer.common.errors import SteeringError
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.kill_switch import KILL_SWITCH
 from vllm_steer.serving.plan import Options, Plan, rejects_recursively, tree_of
+from vllm_steer.serving.spec_decode import verify_v1
+from vllm_steer.serving.telemetry.block_counter import Blocks
+from vllm_steer.serving.tree_admission import say_so
 from vllm_steer.serving.trees.drafting import Growth, greedy, growing
 from vllm_steer.serving.trees.layout import Rows, flat
 from vllm_steer.serving.trees.noise import gumbel
@@ -83,6 +86,14 @@ def rows_of(
     return rows, positions, slots[:-2]
 
 
+def drafted(newest: dict[str, int]) -> Blocks:
+    """The counts of an engine that has drafted last after these positions."""
+    blocks = Blocks(4, 2, CPU, rows=2)
+    blocks.begin(list(newest), None, np.zeros((2, len(newest)), dtype=np.int64), True)
+    blocks.newest[: len(newest)] = torch.tensor(list(newest.values()))
+    return blocks
+
+
 def chosen(rows: Rows, ids: list[int], says: dict[int, int]) -> tuple[list[int], list[int]]:
     """(winners, agreement) if the target says `says[token]` after a token; every token has logits here."""
     own = torch.tensor([says.get(token, 0) for token in ids])
@@ -114,9 +125,34 @@ def test_the_row_that_agrees_longest_wins_and_its_pages_are_kept() -> None:
     assert rows.without_others(torch.tensor([3])).tolist() == [0]
     assert rows.said(torch.arange(6)).tolist() == [[3, 4, 5]]
     assert chosen(rows, ids, {5: 9}) == ([0], [0]), "the first of several"
-    counts = torch.zeros(2, dtype=torch.float64)
-    rows.count_winners(counts)
-    assert counts.tolist() == [1, 0]
+    for names, newest, counted in ((["a"], 9, 1), (["a"], 8, 0), (["b"], 9, 0), (["_v2_mixed_warmup_0"], 9, 0)):
+        blocks = drafted({"a": newest, "_v2_mixed_warmup_0": newest})
+        rows.count_winners(blocks, names)
+        assert blocks.rows.tolist() == [counted, 0], "counted, where this drafter made it in its last round"
+
+
+def test_drafts_that_nobody_made_or_looked_at_follow_nothing() -> None:
+    ids = [5, 1, 2, 5, 3, 4, 7, 1, 2]
+    rows, _, _ = rows_of((ids[:6], 5, 9), (ids[6:], 2, 3))
+    given, none = torch.tensor(ids), torch.tensor([False, False])
+    assert rows.following(given, none, None).tolist() == [1, 2, 5, 3, 4, -1, 1, 2, -1]
+    assert rows.following(given, torch.tensor([True, False]), None).tolist() == [-1] * 6 + [1, 2, -1]
+    assert rows.following(given, torch.tensor([False, True]), None).tolist() == [1, 2, 5, 3, 4] + [-1] * 4
+    unseen = torch.tensor([False] * 2 + [True] * 4 + [False] * 3)  # the grammar looked at the first draft only
+    assert rows.following(given, none, unseen).tolist() == [1, -1, -1, -1, -1, -1, 1, 2, -1]
+
+
+def test_noise_made_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [5, 1, 2, 5, 3, 4]
+    rows, positions, _ = rows_of((ids, 5, 9))
+    verifier = verify_v1.Verifier(CPU, sampled=True, filtered=False, recursive=None)
+    verifier._seeds, verifier._batch = {"a": 3}, ["a"]
+    sampling = SimpleNamespace(temperature=torch.tensor([0.8]))
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    whole = verifier._own(rows, logits, positions, sampling)
+    monkeypatch.setattr(verify_v1, "NOISE_BYTES", 2 * 50 * verify_v1.NOISE_ITEM)
+    assert torch.equal(verifier._own(rows, logits, positions, sampling), whole)
+    assert not torch.equal(whole, logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +221,7 @@ def test_nothing_waits_for_the_device() -> None:
     """No operator of a round reads a value back."""
     shape, ids = TreeShape((2, 1)), torch.tensor([5, 1, 2, 5, 3, 4])
     recursive, seeds, logits = Recursive(shape, 4, 9, CPU), torch.tensor([3]), torch.randn(6, 9)
+    blocks = drafted({"a": 9})
     with Recorder() as recorder:
         growth = Growth(shape, torch.arange(16)[None], torch.tensor([9]), BLOCK, LIMIT, greedy)
         recursive.begin(["a"], torch.tensor([9]))
@@ -204,7 +241,8 @@ def test_nothing_waits_for_the_device() -> None:
         rows.forks()
         rows.choose(ids, ids)
         rows.let_win(recursive.walk(rows, ["a"], logits, ids, seeds)[0], torch.tensor([True]))
-        rows.count_winners(torch.zeros(2, dtype=torch.float64))
+        rows.following(ids, torch.tensor([False]), torch.zeros(6, dtype=torch.bool))
+        rows.count_winners(blocks, ["a"])
         for each in (rows.kept(), rows.shown(), rows.said(ids), rows.without_others(seeds), *rows.commits()):
             assert each is not None
     assert len(recorder.found) > 20 and not recorder.waits
@@ -227,6 +265,19 @@ def test_caches_that_are_not_laid_out_page_by_page() -> None:
     groups = SimpleNamespace(kv_cache_groups=[1, 2])
     with pytest.raises(SteeringError, match="in 2 KV cache groups"):
         pages_of({}, groups, lambda name: True)
+
+
+def test_backends_whose_pages_are_not_vllms_blocks() -> None:
+    def layer(backend: str, pages: int) -> SimpleNamespace:
+        return SimpleNamespace(kv_cache=torch.zeros(pages, 3), attn_backend=SimpleNamespace(get_name=lambda: backend))
+
+    config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["a", "b"])], num_blocks=4)
+    everything = lambda name: True  # noqa: E731
+    pages_of({"a": layer("FLASH_ATTN", 4), "b": layer("FLASH_ATTN", 4)}, config, everything)
+    with pytest.raises(SteeringError, match="backend SPLITS makes 8 pages of 4 blocks.*smaller --block-size"):
+        pages_of({"a": layer("FLASH_ATTN", 4), "b": layer("SPLITS", 8)}, config, everything)
+    with pytest.raises(SteeringError, match="backend FLASHINFER takes no more rows than requests"):
+        pages_of({"a": layer("FLASHINFER", 4), "b": layer("FLASHINFER", 4)}, config, everything)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
@@ -279,6 +330,16 @@ def test_requests_that_look_back_draft_chains(options: dict[str, Any]) -> None:
         options = {"structured_outputs": StructuredOutputsParams(regex="a+")}
     assert looks_back(SamplingParams(**options))
     assert not looks_back(SamplingParams(temperature=0.7, top_p=0.9, top_k=5, seed=1, logprobs=2, stop=["x"], n=2))
+
+
+def test_a_block_size_that_vllm_chose_later_is_looked_at_again() -> None:
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=128), model_config=SimpleNamespace(max_model_len=768)
+    )
+    with pytest.raises(SteeringError, match="need 1024 slots.*block size of 128, the context is 768"):
+        say_so(config, TreeShape((4, 1, 1, 1, 1)))
+    config.cache_config.block_size = 32
+    say_so(config, TreeShape((4, 1, 1, 1, 1)))
 
 
 # --- the front end ---------------------------------------------------------------------------------------------------

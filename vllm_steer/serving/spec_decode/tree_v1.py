@@ -135,7 +135,7 @@ class TreeRounds(Paged):
             return given
         self._proposer.verified = self.rows.shown_drafts
         if (blocks := self._proposer.blocks) is not None:
-            self.rows.count_winners(blocks.rows)
+            self.rows.count_winners(blocks, self._runner.input_batch.req_ids[: self.rows.requests])
         return given | self._shown(self.rows, given)
 
     def _shown(self, rows: Rows, given: dict[str, Any]) -> dict[str, Any]:

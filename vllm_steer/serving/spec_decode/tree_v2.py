@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 
 from vllm_steer.common.tree_shape import TreeShape
 from vllm_steer.serving.plan import tree_of
+from vllm_steer.serving.spec_decode.counting_v2 import verified_drafts
 from vllm_steer.serving.spec_decode.verify_v2 import Verifier
 from vllm_steer.serving.tree_admission import say_so
 from vllm_steer.serving.trees.drafting import Growth, growing
@@ -49,11 +50,14 @@ class TreeRounds(Paged):
     # --- the target pass --------------------------------------------------------------------------------------------
 
     def lay_out(self, runner: Any, scheduler_output: Any, batch: Any) -> None:
-        """Turn the drafts of a batch that is to be verified, if some are trees, into rows: `batch.tree`."""
+        """Turn the drafts of a batch that is to be verified, if some are trees, into rows: `batch.tree`.
+
+        Coupled drafts are verified here also where all have been cut to chains.
+        """
         self._alone.update(new.req_id for new in scheduler_output.scheduled_new_reqs if looks_back(new.sampling_params))
         self._alone.difference_update(scheduler_output.finished_req_ids)
         drafts = batch.num_draft_tokens_per_req
-        if drafts is None or drafts.max() <= self.shape.depth:
+        if drafts is None or drafts.max() <= (0 if self._verifier.coupled else self.shape.depth):
             return
         alone = np.fromiter(map(self._alone.__contains__, batch.req_ids), dtype=bool, count=batch.num_reqs)
         rows = Rows(self.shape, batch.num_scheduled_tokens, drafts, alone, runner.device)
@@ -67,9 +71,9 @@ class TreeRounds(Paged):
         self._target.copy(*rows.forks())
         return (rows.pages,)
 
-    def verify(self, sampler: Any, logits: Tensor, batch: Any) -> Any:
+    def verify(self, sampler: Any, logits: Tensor, batch: Any, invalid: Tensor | None) -> Any:
         """vLLM's SamplerOutput for a batch with trees, see `Verifier.verify`; the winners' pages are kept."""
-        found = self._verifier.verify(sampler, logits, batch, batch.tree)
+        found = self._verifier.verify(sampler, logits, batch, batch.tree, invalid)
         self._target.copy(*batch.tree.commits())
         return found
 
@@ -184,8 +188,8 @@ class OverRows:
         self._dummy, self._requests = dummy_run, input_batch.req_ids
         if not dummy_run:
             rows = getattr(input_batch, "tree", None)
-            if self.blocks is not None and rows is not None:
-                rows.count_winners(self.blocks.rows)
+            if self.blocks is not None and rows is not None and verified_drafts(input_batch) is not None:
+                rows.count_winners(self.blocks, input_batch.req_ids[: rows.requests])
             input_batch, aux_hidden_states, num_rejected = self.tree.shown(input_batch, aux_hidden_states, num_rejected)
         rest = (last_hidden_states, aux_hidden_states, num_sampled, num_rejected, last_sampled, *args)
         drafts = super().propose(  # type: ignore[misc]
@@ -264,8 +268,15 @@ def over_rows(original: Callable[..., Any], state: Any, batch: Any, *args: Any, 
     return original(state, batch, *args, **kwargs)
 
 
-def reject(original: Callable[..., Any], sampler: Any, logits: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def reject(
+    original: Callable[..., Any],
+    sampler: Any,
+    logits: Tensor,
+    batch: Any,
+    draft_logits: Tensor | None = None,
+    invalid_drafts: Tensor | None = None,
+) -> Any:
     """RejectionSampler.__call__."""
     if getattr(batch, "tree", None) is None:
-        return original(sampler, logits, batch, *args, **kwargs)
-    return batch.tree_rounds.verify(sampler, logits, batch)
+        return original(sampler, logits, batch, draft_logits, invalid_drafts)
+    return batch.tree_rounds.verify(sampler, logits, batch, invalid_drafts)

@@ -40,6 +40,12 @@ class DraftModelSpeculator(GraphedSpeculator):
             self._filters.begin(input_batch.idx_mapping[:n], input_batch.idx_mapping_np[:n])
         return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)  # type: ignore[misc]  # as below
 
+    def capture(self) -> None:
+        """As its base's, without the filters of the requests that vLLM warmed its kernels with."""
+        if self._filters is not None:
+            self._filters.active = False
+        super().capture()
+
     def _may_replay(self) -> bool:
         return self._filters is None or not self._filters.active  # which the graph does not hold
 

@@ -29,6 +29,9 @@ from vllm_steer.serving.trees.noise import gumbel
 from vllm_steer.serving.trees.recursive import DRAFTS, Recursive
 from vllm_steer.serving.trees.requests import looks_back
 
+NOISE_ITEM = 32  # bytes a number while noise is made: int64 and float64
+NOISE_BYTES = 2**29  # at once: vLLM does not count on it when it sizes the KV cache
+
 
 class Verifier:
     """Verifies the trees of an engine, and ranks drafts by the same noise."""
@@ -112,9 +115,13 @@ class Verifier:
 
     def _own(self, rows: Rows, processed: Tensor, positions: Tensor, sampling: Any) -> Tensor:
         """What the target says after each token, [logits]: its draw by noise of seed and position, or its argmax."""
-        of = rows.on.request_of_logit
-        noise = gumbel(self._seed_table()[of], positions, processed.shape[-1])
-        return (processed + torch.where(sampling.temperature[of, None] > 0, noise, 0)).argmax(-1)
+        of, size = rows.on.request_of_logit, processed.shape[-1]
+        seeds, drawn = self._seed_table()[of], sampling.temperature[of, None] > 0
+        at_once = max(1, NOISE_BYTES // (size * NOISE_ITEM))
+        parts = (each.split(at_once) for each in (processed, seeds, positions, drawn))
+        return torch.cat(
+            [(p + torch.where(t, gumbel(s, at, size), 0)).argmax(-1) for p, s, at, t in zip(*parts, strict=True)]
+        )
 
     def _drawn(self, rows: Rows, sampling: Any) -> Tensor:
         """Which requests have trees at a temperature above 0, [B]: their tokens are drawn here, not by vLLM."""

@@ -38,8 +38,16 @@ class Verifier:
         if rejects_recursively(speculator.vllm_config):
             self._recursive = Recursive(shape, speculator.max_num_reqs, speculator.vocab_size, speculator.device)
 
-    def verify(self, sampler: Any, logits: Tensor, batch: Any, rows: Rows) -> Any:
-        """Choose the winners and return vLLM's SamplerOutput; `sampler` is the RejectionSampler, logits [logits, V]."""
+    @property
+    def coupled(self) -> bool:
+        """Whether drafts are drawn with the target's own noise: vLLM's ratio test would not be exact for them."""
+        return self._sampled and self._recursive is None
+
+    def verify(self, sampler: Any, logits: Tensor, batch: Any, rows: Rows, invalid: Tensor | None = None) -> Any:
+        """Choose the winners and return vLLM's SamplerOutput; `sampler` is the RejectionSampler, logits [logits, V].
+
+        `invalid` [logits] bool: rows whose draft no grammar has looked at, from vLLM; None: there is none.
+        """
         inner, at = sampler.sampler, batch.logits_indices
         positions, states = batch.positions[at], inner.sampling_states
         processed = inner.apply_sampling_params(
@@ -50,7 +58,9 @@ class Verifier:
             processed, batch.expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, positions,
             apply_temperature=False, is_drafting=False, use_fp64=inner.use_fp64_gumbel,
         )  # fmt: skip
-        following = batch.input_ids[(at + 1).clamp(max=len(batch.input_ids) - 1)].long()
+        # As vLLM's `gather_draft_sampled`, by the positions of requests, since rows have their own.
+        placeholders = batch.positions[at[rows.on.first_logit]] < inner.req_states.prefill_len.gpu[batch.idx_mapping]
+        following = rows.following(batch.input_ids[at].long(), placeholders, invalid)
         rows.choose(own, following)
         walked = self._walk(rows, batch, processed, following, states)
         kept = rows.kept()

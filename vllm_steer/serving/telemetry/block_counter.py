@@ -95,9 +95,7 @@ class Blocks:
             out: [2, B] integer, gets each request's row in the last round, -1 for none, and its verified drafts.
             steered: whether the round that begins now is steered.
         """
-        # vLLM warms its kernels with requests of its own before the first of a user.
-        known = {} if drafts is None or (ids and WARM_UP.match(ids[0])) else self._rows
-        out[0] = list(map(known.get, ids, repeat(-1)))
+        out[0] = -1 if drafts is None else self.last_round(ids)
         out[1] = 0 if drafts is None else drafts
         self._rows = dict(zip(ids, range(len(ids)), strict=True))
         self._newest.reverse()
@@ -105,6 +103,17 @@ class Blocks:
         offset = self._side**2 if self._steered else 0
         self._steered = steered
         return Verified(self._counts, before, after, offset, self._side)
+
+    def last_round(self, ids: Sequence[str]) -> np.ndarray:
+        """[B], each request's row in the last round, -1 for none; between rounds."""
+        # vLLM warms its kernels with requests of its own before the first of a user.
+        known = {} if ids and WARM_UP.match(ids[0]) else self._rows
+        return np.fromiter(map(known.get, ids, repeat(-1)), np.int64, len(ids))
+
+    @property
+    def newest(self) -> Tensor:
+        """[N] int32, the position after the last round's newest token, by its row; between rounds."""
+        return self._newest[1]
 
     def read(self) -> Counts:
         """What has been counted, without waiting for the device; any thread may ask.

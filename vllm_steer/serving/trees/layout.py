@@ -17,6 +17,7 @@ Shape legend: B requests, L rows of a tree, R rows in all, T pages of a row, M p
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from vllm_steer.common.tree_shape import TreeShape
+from vllm_steer.serving.telemetry.block_counter import Blocks
 
 
 def to_device(device: torch.device, **arrays: np.ndarray) -> SimpleNamespace:
@@ -151,6 +153,18 @@ class Rows:
         source = self.table.gather(1, (index + (self.winner * count)[:, None]).clamp(max=top))
         return source.flatten(), self.table.gather(1, index.clamp(max=top)).flatten()
 
+    def following(self, ids: Tensor, placeholders: Tensor, invalid: Tensor | None) -> Tensor:
+        """The draft after each token that has logits, [logits]; -1 where there is none that may be accepted.
+
+        Args:
+            ids: [logits] these tokens.
+            placeholders: [B] bool, requests whose step begins inside the prefill: nobody made their drafts.
+            invalid: [logits] bool, tokens that are drafts no grammar has looked at; None: there is none.
+        """
+        none = placeholders[self.on.request_of_logit].index_fill(0, self.on.first_logit, True)
+        drafts = torch.where(none if invalid is None else none | invalid, -1, ids)
+        return torch.cat([drafts[1:], drafts.new_full((1,), -1)])
+
     def choose(self, own: Tensor, following: Tensor) -> Tensor:
         """Choose the row that agrees longest with the target, the first of several, and return the agreement [B].
 
@@ -207,10 +221,12 @@ class Rows:
         assert self.winner is not None
         return self.on.shown + (self.winner * self._k1)[self.on.shown_of]
 
-    def count_winners(self, blocks: Tensor) -> None:
-        """Add the batch's trees to `blocks` [L] float64, by the row that was chosen."""
+    def count_winners(self, blocks: Blocks, requests: Sequence[str]) -> None:
+        """Add to `blocks.rows` the batch's trees that are of the drafter's last round, by the row that was chosen."""
         assert self.winner is not None
-        blocks.index_add_(0, self.winner, self.on.is_tree.double())
+        slot = to_device(self.root.device, slot=blocks.last_round(requests)).slot
+        ours = (slot >= 0) & (blocks.newest[slot.clamp(min=0)] == self.root) & (self.on.is_tree > 0)
+        blocks.rows.index_add_(0, self.winner, ours.double())
 
     def without_others(self, counts: Tensor) -> Tensor:
         """[B], what is counted from the end of each request's tokens, less those that are not shown."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from vllm_steer.common.errors import SteeringError
 
+FEW_ROWS = ("FLASHINFER",)  # vllm/v1/attention/backends/flashinfer.py sizes its buffers by max_num_seqs
+
 
 class Pages:
     """The KV caches of a model's layers, [pages, ...] each, with the same pages."""
@@ -66,12 +68,25 @@ class Paged:
 def pages_of(layers: Mapping[str, Any], kv_cache_config: Any, wanted: Callable[[str], bool]) -> Pages:
     """The pages of an engine's attention layers of `wanted` names; layers that share a cache count once.
 
-    Raises SteeringError for layers in several KV cache groups, whose pages are not the same.
+    Raises SteeringError for layers in several KV cache groups, whose pages are not the same, for a backend that splits
+    vLLM's blocks into pages of its own, and for one that takes no more rows than requests.
     """
     if (groups := len(kv_cache_config.kv_cache_groups)) != 1:
         raise SteeringError(
             f"the layers of target and drafter are in {groups} KV cache groups, draft trees need all in one: serve "
             "this pair without a tree"
         )
-    caches = [layers[name].kv_cache for name in kv_cache_config.kv_cache_groups[0].layer_names if wanted(name)]
+    chosen = [layers[name] for name in kv_cache_config.kv_cache_groups[0].layer_names if wanted(name)]
+    for layer in chosen:
+        backend, pages, blocks = layer.attn_backend.get_name(), len(layer.kv_cache), kv_cache_config.num_blocks
+        if backend in FEW_ROWS or pages != blocks:
+            what = (
+                "takes no more rows than requests" if backend in FEW_ROWS else f"makes {pages} pages of {blocks} blocks"
+            )
+            raise SteeringError(
+                f"the attention backend {backend} {what}, draft trees need more rows and whole blocks: choose another "
+                "--attention-backend (FLASH_ATTN, TRITON_ATTN), for split blocks a smaller --block-size, or serve "
+                "without a tree"
+            )
+    caches = [layer.kv_cache for layer in chosen]
     return Pages(list({cache.data_ptr(): cache for cache in caches}.values()))
