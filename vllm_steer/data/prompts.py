@@ -150,7 +150,7 @@ def _parse(line: bytes, default_id: str, category: str | None) -> tuple[Prompt, 
 def _expected(raw: dict[str, Any]) -> dict[str, str] | None:
     """What a prompt's line says about a right answer, None for nothing that can be compared: an answer is a number."""
     answer = raw.get("answer")
-    if isinstance(answer, str) and any(map(str.isdigit, answer)):
+    if isinstance(answer, str) and any(map(str.isdecimal, answer)):
         return {"answer": answer}
     if all(isinstance(raw.get(key), str) for key in ("entry_point", "test")):
         return {key: raw[key] for key in ("entry_point", "test")}

@@ -26,7 +26,7 @@ from vllm_steer.data import generate
 from vllm_steer.data.dataset import Row
 from vllm_steer.drafters.tokenizer import load_tokenizer
 from vllm_steer.ops import hub
-from vllm_steer.training import trainer
+from vllm_steer.training import record, trainer
 from vllm_steer.training.batches import read_data
 from vllm_steer.training.cache import StateCache
 
@@ -539,5 +539,5 @@ def test_a_training_records_whose_weights_it_saw(model: Path, tmp_path: Path) ->
     config = trainer.TrainConfig(
         target=str(model), drafter=str(PAIR / "drafter"), data=(str(tmp_path / "data.jsonl"),), output="out"
     )
-    found = trainer._provenance(config)["identity"]
+    found = record.provenance(config)["identity"]
     assert found == {"target": fingerprint(model), "drafter": fingerprint(PAIR / "drafter")}
