@@ -6,6 +6,8 @@ lack it, are compared by the values they do have.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from importlib import metadata
@@ -55,6 +57,11 @@ def refuse_other(now: dict[str, Any], settings: dict[str, Any], measured: list[d
         if isinstance(values, dict) and isinstance(current, dict) and settings.get("conditions") is not None:
             for name in sorted(current.keys() - values.keys()):
                 _refuse(where, name, None, current[name])
+
+
+def digest(prompts: list[dict[str, Any]]) -> str:
+    """Hash of the prompts as they are used: after tokenizer and chat template, or as texts sent to a server."""
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def shown(found: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -230,7 +229,7 @@ def _bench_server(config: BenchConfig) -> dict[str, Any]:
             "prompts": redact(config.prompts),
             "split": config.marked,
             "number_of_prompts": len(prompts),
-            "prompts_sha256": _digest([prompt.to_dict() for prompt in prompts]),
+            "prompts_sha256": conditions.digest([prompt.to_dict() for prompt in prompts]),
             "temperature": list(config.temperature),
         },
         "summary": parts,
@@ -291,7 +290,7 @@ def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> 
         "prompts": config.prompts,
         "split": config.marked,
         "number_of_prompts": len(prompts),
-        "prompts_sha256": _digest(prompts),
+        "prompts_sha256": conditions.digest(prompts),
         "k": config.k,
         "max_tokens": config.max_tokens,
         "temperature": list(config.temperature),
@@ -302,11 +301,6 @@ def _settings(config: BenchConfig, prompts: list[dict[str, Any]], room: int) -> 
         "sampling": config.sampling,
         "conditions": conditions.conditions(),
     }
-
-
-def _digest(prompts: list[dict[str, Any]]) -> str:
-    """Hash of the prompts as they are used: after tokenizer and chat template, or as texts sent to a server."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
 
 
 def _measured(output: Path, settings: Settings) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def _settings(config: TuneConfig, prompts: list[dict[str, Any]]) -> dict[str, An
         "max_tokens": config.max_tokens,
         "prompts": config.count,
         "prompt_ids": [prompt["id"] for prompt in prompts],
-        "prompts_sha256": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest(),
+        "prompts_sha256": conditions.digest(prompts),
         "max_model_len": config.max_model_len,
         "engine": options.json_object("engine", config.engine),
         "seed": config.seed,

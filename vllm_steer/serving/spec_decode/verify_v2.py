@@ -43,7 +43,7 @@ class Verifier:
         """Whether drafts are drawn with the target's own noise: vLLM's ratio test would not be exact for them."""
         return self._sampled and self._recursive is None
 
-    def verify(self, sampler: Any, logits: Tensor, batch: Any, rows: Rows, invalid: Tensor | None = None) -> Any:
+    def verify(self, sampler: Any, logits: Tensor, batch: Any, rows: Rows, invalid: Tensor | None) -> Any:
         """Choose the winners and return vLLM's SamplerOutput; `sampler` is the RejectionSampler, logits [logits, V].
 
         `invalid` [logits] bool: rows whose draft no grammar has looked at, from vLLM; None: there is none.

@@ -79,10 +79,9 @@ def pages_of(layers: Mapping[str, Any], kv_cache_config: Any, wanted: Callable[[
     chosen = [layers[name] for name in kv_cache_config.kv_cache_groups[0].layer_names if wanted(name)]
     for layer in chosen:
         backend, pages, blocks = layer.attn_backend.get_name(), len(layer.kv_cache), kv_cache_config.num_blocks
-        if backend in FEW_ROWS or pages != blocks:
-            what = (
-                "takes no more rows than requests" if backend in FEW_ROWS else f"makes {pages} pages of {blocks} blocks"
-            )
+        few = "takes no more rows than requests" if backend in FEW_ROWS else None
+        split = f"makes {pages} pages of {blocks} blocks" if pages != blocks else None
+        if what := few or split:
             raise SteeringError(
                 f"the attention backend {backend} {what}, draft trees need more rows and whole blocks: choose another "
                 "--attention-backend (FLASH_ATTN, TRITON_ATTN), for split blocks a smaller --block-size, or serve "
